@@ -149,12 +149,13 @@ def badge(name):
 
 
 def check_badges():
-    "The second cell of a notebook opens with its own Colab badge, and the index has everyone's."
+    "The second Markdown cell of a notebook opens with its own Colab badge, and the index has everyone's."
     nbs = notebooks()
     index = '\n'.join(c.source for c in nbs['index.ipynb'].cells) if 'index.ipynb' in nbs else ''
     for name, nb in nbs.items():
         if name == 'index.ipynb': continue
-        if not nb.cells[1].source.startswith(badge(name)): yield f'{name}: the second cell should start {badge(name)}'
+        text = [c.source for c in nb.cells if c.cell_type == 'markdown']
+        if not text[1].startswith(badge(name)): yield f'{name}: the second Markdown cell should start {badge(name)}'
         if badge(name).partition('](')[2] not in index: yield f'index.ipynb: no badge of {name}'
 
 

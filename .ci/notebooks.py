@@ -2,6 +2,7 @@
 
     python .ci/notebooks.py nbs/00_tokenizer.ipynb ...   # run and store the outputs
     python .ci/notebooks.py --check                      # run all, compare the text outputs
+    python .ci/notebooks.py --dry                        # run all, only to see that they run
 
 Cells that `nbdev_test` leaves out (`#| eval: false`, `#| gpu`, `#| slow`) keep what they have.
 """
@@ -64,6 +65,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("paths", nargs="*", type=Path)
     p.add_argument("--check", action="store_true", help="compare with the stored text outputs, change nothing")
+    p.add_argument("--dry", action="store_true", help="only run them, change nothing")
     args = p.parse_args()
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     bad = 0
@@ -71,11 +73,9 @@ def main():
         start, before = time.perf_counter(), texts(nbformat.read(path, as_version=4))
         nb = run(path)
         print(f"{path.relative_to(ROOT)}  {time.perf_counter() - start:.1f} s", flush=True)
-        if not args.check:
-            nbformat.write(nb, path)
-            continue
+        if not (args.check or args.dry): nbformat.write(nb, path)
         for id, new in texts(nb).items():
-            if new != before.get(id, ""):
+            if args.check and new != before.get(id, ""):
                 bad += 1
                 print(f"  cell {id}: stored\n    {before.get(id, '')!r}\n  now\n    {new!r}")
     return bool(bad)

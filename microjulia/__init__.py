@@ -4,14 +4,14 @@ __version__ = "0.1.0"
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what type checkers and editors read; at run time `_home` below does the same, later
-    from .api import demo, generate, load, train
-    from .checkpoint import load_checkpoint, save_checkpoint
-    from .corpus import Corpus
-    from .generation import SamplingParams
-    from .gpt import GPT, GPTConfig, capture
-    from .tokenizer import CharTokenizer
-    from .training import TrainConfig
+if TYPE_CHECKING:  # for type checkers and editors; at run time `_home` below says the same
+    from .api import demo as demo, generate as generate, load as load, train as train
+    from .checkpoint import load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
+    from .corpus import Corpus as Corpus
+    from .generation import SamplingParams as SamplingParams
+    from .gpt import GPT as GPT, GPTConfig as GPTConfig, capture as capture
+    from .tokenizer import CharTokenizer as CharTokenizer
+    from .training import TrainConfig as TrainConfig
 
 # Each name and the module it lives in. A module is imported when one of its names is first used,
 # so that `import microjulia` and `microjulia --help` answer before PyTorch could be loaded.
