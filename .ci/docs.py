@@ -155,7 +155,7 @@ def check_badges():
     for name, nb in nbs.items():
         if name == 'index.ipynb': continue
         text = [c.source for c in nb.cells if c.cell_type == 'markdown']
-        if not text[1].startswith(badge(name)): yield f'{name}: the second Markdown cell should start {badge(name)}'
+        if not ''.join(text[1:2]).startswith(badge(name)): yield f'{name}: the second Markdown cell should start {badge(name)}'
         if badge(name).partition('](')[2] not in index: yield f'index.ipynb: no badge of {name}'
 
 
