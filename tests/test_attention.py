@@ -181,3 +181,15 @@ def test_kv_cache_counts():
     cache.length = torch.tensor([3, 8])
     cache.advance(2)
     assert cache.length.tolist() == [5, 10]
+
+
+def test_the_form_that_is_used(monkeypatch):
+    "In bfloat16 on a CPU the open form is used where gradients are wanted, else the fused one."
+    attn, x, fused = CausalSelfAttention(8, 2, 16).bfloat16(), torch.randn(1, 5, 8).bfloat16(), []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or real(*a, **k))
+    attn(x)
+    assert not fused
+    with torch.no_grad(): attn(x)
+    attn.float()(x.float())
+    assert len(fused) == 2
