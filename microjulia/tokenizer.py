@@ -6,8 +6,11 @@
 __all__ = ['ALPHABET', 'codepoints', 'count_chars', 'known_form', 'spellings', 'replacement', 'Report', 'CharTokenizer',
            'dropped_warning', 'load_tokenizer']
 
-# %% ../nbs/00_tokenizer.ipynb #6a8874a1
-import json, re, unicodedata, warnings
+# %% ../nbs/00_tokenizer.ipynb #1b89ce7a
+import json
+import re
+import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -72,6 +75,18 @@ def replacement(
         if forms and all(f is not None and f.isalpha() == letter for f in forms): return "".join(forms)
     return " "
 
+# %% ../nbs/00_tokenizer.ipynb #3102c0eb
+class _Table(dict):
+    "A table for `str.translate` that works out the replacement of a character when it first meets it."
+    def __init__(self, alphabet):
+        self.alphabet = frozenset(alphabet)
+        self.gap = next(chr(i) for i in range(0x110000) if chr(i) not in self.alphabet)  # marks a replaced character
+
+    def __missing__(self, code):
+        new = replacement(chr(code), self.alphabet)
+        self[code] = self.gap if new == " " and chr(code) not in self.alphabet else new
+        return self[code]
+
 # %% ../nbs/00_tokenizer.ipynb #56a41039
 @dataclass
 class Report:
@@ -103,19 +118,7 @@ def _commonest(counts, n):
     ranked = sorted(counts.items(), key=lambda p: (-p[1], p[0]))
     return " ".join(f"{name(c)} {k:,}" for c, k in ranked[:n]) + (" ..." if len(ranked) > n else "")
 
-# %% ../nbs/00_tokenizer.ipynb #3102c0eb
-class _Table(dict):
-    "A table for `str.translate` that works out the replacement of a character when it first meets it."
-    def __init__(self, alphabet):
-        self.alphabet = frozenset(alphabet)
-        self.gap = next(chr(i) for i in range(0x110000) if chr(i) not in self.alphabet)  # marks a replaced character
-
-    def __missing__(self, code):
-        new = replacement(chr(code), self.alphabet)
-        self[code] = self.gap if new == " " and chr(code) not in self.alphabet else new
-        return self[code]
-
-# %% ../nbs/00_tokenizer.ipynb #7ba8fd8b
+# %% ../nbs/00_tokenizer.ipynb #686b5501
 class CharTokenizer:
     "A tokenizer that gives each character of its alphabet one id."
     def __init__(self,
@@ -175,8 +178,12 @@ class CharTokenizer:
     def _lookup(self, text):
         "The ids of `text`, or None if a character of it has none."
         if self._bytes and text.isascii():
-            out = bytearray(text, "ascii").translate(self._bytes)
-            return None if 255 in out else np.frombuffer(out, dtype=np.uint8)
+            out = np.empty(len(text), dtype=np.uint8)
+            for i in range(0, len(text), 1 << 16):  # pieces that stay in the processor's cache
+                piece = bytearray(text[i:i + (1 << 16)], "ascii").translate(self._bytes)
+                if 255 in piece: return None
+                out[i:i + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+            return out
         ids = self._ids[np.minimum(codepoints(text), len(self._ids) - 1)]
         return None if ids.size and ids.min() < 0 else ids.astype(self.dtype)
 
@@ -200,7 +207,7 @@ class CharTokenizer:
     ) -> str:
         "The text of `ids`."
         ids = ids if isinstance(ids, np.ndarray) else np.array(ids.tolist() if hasattr(ids, "tolist") else list(ids))
-        if ids.ndim > 1: raise ValueError(f"decode takes one sequence, not an array of shape {ids.shape}: decode it row by row")
+        if ids.ndim > 1: raise ValueError(f"decode takes one sequence, not shape {ids.shape}: decode row by row")
         if not ids.size: return ""
         if ids.dtype.kind not in "iu": raise ValueError(f"ids are integers, not {ids.dtype}")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
@@ -226,7 +233,7 @@ class CharTokenizer:
     ) -> "CharTokenizer":
         "Read what `save` has written."
         path, vocab = _read_vocab(path)
-        if not isinstance(vocab, list): raise ValueError(f"{path} is not a character tokenizer's: it holds no JSON array")
+        if not isinstance(vocab, list): raise ValueError(f"{path} holds no JSON array: not a character tokenizer's")
         try: return cls(vocab)
         except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
@@ -242,7 +249,7 @@ def dropped_warning(
 ) -> str:
     "The words of the warning for a text that lost more than 5 % of its characters."
     return (f"{report.dropped.total():,} of {report.total:,} characters ({report.share:.1%}) are not in the alphabet "
-            f"and were dropped: {_commonest(report.dropped, 5)}. To keep them learn the alphabet from the text: "
+            f"and were dropped ({_commonest(report.dropped, 5)}). To keep them learn the alphabet from the text: "
             f"--alphabet auto, or CharTokenizer.from_text")
 
 # %% ../nbs/00_tokenizer.ipynb #6d349f86
