@@ -55,7 +55,7 @@ def _flag(body, name):
     if not isinstance(value := body.get(name), bool | None): _refuse(name, 'true or false', value)
     return bool(value)
 
-# %% ../nbs/07_streaming.ipynb #6ec3c2a0
+# %% ../nbs/07_streaming.ipynb #767d35d2
 NUMBERS = [  # field of the request, kind, lowest, highest, field of `SamplingParams`
     ('temperature', float, 0, 2, 'temperature'), ('top_p', float, 0, 1, 'top_p'),
     ('presence_penalty', float, -2, 2, 'presence_penalty'),
@@ -93,7 +93,7 @@ def _logit_bias(bias, tokenizer):
     return ids
 
 def _token(tokenizer, text):
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text[:100])
     return int(ids[0]) if len(ids) == 1 and tokenizer.decode(ids) == text else None
 
 # %% ../nbs/07_streaming.ipynb #c67dd2eb
