@@ -5,7 +5,7 @@
 The notebooks are processed into _proc/ as `nbdev_docs` does, then each of `PAGES` looks at what came
 out and each of `FILES` at what is committed. A check is a function that yields problems, one line each.
 """
-import ast, base64, os, re, sys
+import ast, base64, os, re, sys, warnings
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -69,6 +69,7 @@ def process():
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     os.chdir(ROOT)
+    warnings.filterwarnings('error', 'Found cells containing imports')  # they run here, so they must be nothing else
     refresh_quarto_yml()
     proc_nbs(n_workers=0, force=True)
 
