@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEMORY_LIMIT', 'decode_bytes', 'unwrap', 'drop_credits', 'strip_boilerplate', 'join_hyphens', 'clean_text',
-           'read_work', 'find_texts', 'shipped_paths', 'split_work', 'fingerprints', 'near_copies', 'Work', 'Corpus',
-           'choose_tokenizer', 'check_length', 'splitmix64', 'hash64', 'uniform', 'window_starts', 'gather',
-           'get_batch', 'tokens_to', 'eval_windows', 'pack', 'discounts', 'NgramModel']
+           'read_work', 'find_texts', 'shipped_paths', 'split_work', 'fingerprints', 'near_copies', 'choose_tokenizer',
+           'Work', 'Corpus', 'check_length', 'splitmix64', 'hash64', 'uniform', 'window_starts', 'gather', 'get_batch',
+           'tokens_to', 'eval_windows', 'pack', 'discounts', 'NgramModel']
 
 # %% ../nbs/01_corpus.ipynb #551b59d0
 import codecs
@@ -41,7 +41,7 @@ def decode_bytes(
     try: return data.decode("cp1252")
     except UnicodeDecodeError: raise ValueError("in no encoding known here: save it as UTF-8") from None
 
-# %% ../nbs/01_corpus.ipynb #402965f1
+# %% ../nbs/01_corpus.ipynb #92e45fb7
 _START = re.compile(r"\*{3} ?START OF TH(?:E|IS) PROJECT GUTENBERG(?:[^*]{0,400}\*{3}|.*)", re.I)
 _END = re.compile(r"^[ \t]*(?:\*{3} ?END OF TH(?:E|IS)|End of(?: the| this)?) PROJECT GUTENBERG", re.I | re.M)
 _SMALL_PRINT = re.compile(r"^\*\*The Legal Small Print\*\*|^\*{3} ?START\*\*THE SMALL PRINT", re.I | re.M)
@@ -49,14 +49,15 @@ _SMALL_PRINT_END = re.compile(r"^\*END[* ] ?THE SMALL PRINT!.*$", re.I | re.M)
 _ARCHIVES = re.compile(r"^(?:-{9,}\s*)?Copyright statement:\s*The Internet Classics Archive|"
                        r"^About this digital edition\s+This e-book comes from the online library Wikisource", re.M)
 _PUBLIC_DOMAIN = re.compile(r"^(?:This work is|The .{0,20}author of this work).*in the public domain.*$", re.M)
+_OPENING = re.compile(r"^\W*(?:The )?Project Gutenberg(?: E-?text| E-?book|.s )|"
+                      r"^Provided by The Internet Classics Archive", re.I | re.M)
 _HEADER = re.compile(r"gutenberg|small print|\be-?texts?\b|\be-?books?\b|character set|internet classics archive", re.I)
 _CREDITS = re.compile(r"gutenberg|distributed proofread|pgdp|\be-?text\b|\be-?book\b|^\W*(?:original )?transcriber|"
                       r"^\W*PG editor|^(?:produced|prepared|digiti[sz]ed|scanned|transcribed) by|by volunteer|"
-                      r"unicode version", re.I)
+                      r"unicode version|big 5", re.I)
 _NOTES = re.compile(r"\W*(?:(?:original )?transcriber.?s notes?.*|PG editor.s note|notes by volunteer|"
                     r"information about this e-?text edition)\W*", re.I)
 
-# %% ../nbs/01_corpus.ipynb #704ea740
 def unwrap(
     text: str,  # a file's text, lines ended by a line feed
 ) -> str:  # what lies between the header and the licence; the text itself when it has neither
@@ -67,14 +68,15 @@ def unwrap(
         parts.append(part[:m.start()] if (m := _END.search(part)) else part)
     if starts: text = "\n\n".join(parts)
     elif m := _END.search(text): text = text[:m.start()]
-    if m := _SMALL_PRINT_END.search(text):  # the older licence: at the head, or at the end
-        if m.start() < len(text) / 2: text = text[m.end():]
-        else: text = _cut_tail(text[:(_SMALL_PRINT.search(text) or m).start()])
+    tail = False
+    if m := _SMALL_PRINT_END.search(text):  # the older licence: before the book, or behind it
+        tail = not re.search(r"\w\w\w", text[m.end():])
+        text = text[:(_SMALL_PRINT.search(text) or m).start()] if tail else text[m.end():]
     if m := _ARCHIVES.search(text): text = _PUBLIC_DOMAIN.sub("", text[:m.start()])
-    if not starts and _HEADER.search(text[:300]):  # a header that no line ends: cut behind its last paragraph
+    if not starts and _OPENING.search(text[:300]):  # a header that no line ends: cut behind its last paragraph
         ends = [m.end() for m in re.finditer(r"(?:.+\n)+", text[:6000]) if _HEADER.search(m[0])]
         text = text[ends[-1]:] if ends else text
-    return text
+    return _cut_tail(text) if tail else text
 
 def _cut_tail(text, size=12_000):
     "Cut from the first paragraph near the end that speaks of the archive."
@@ -106,11 +108,11 @@ def strip_boilerplate(
     body = unwrap(text)
     return text if body == text else drop_credits(body)
 
-# %% ../nbs/01_corpus.ipynb #f415c1af
+# %% ../nbs/01_corpus.ipynb #fcb49d9a
 _MARKS = re.compile(r"\[(?:\d{1,4}[a-z]?|pg\.? ?\d+|page \d+)\]|\{\d{1,4}\}|"  # [12] [Pg 7] {12}
                     r"(?<=[^\s\[])\[[a-z*†‡]\](?!\w)|^\[[a-z*]\](?=\s)|"  # word[A]
                     r"\[(?:illustration|greek:)[^\]]*\]|[(\[]transcriber.s note[^)\]]*[)\]]|"
-                    r"\[(?:foot|side)?note\b[^:\]\n]{0,9}:", re.I | re.M)  # [Footnote 3: its text stays
+                    r"\[(?:foot|side)?note\b[^:\]\n]{0,9}:([^\[\]]*)\]?", re.I | re.M)  # [Footnote 3: its text stays]
 _RULE = re.compile(r"^[ \t]*[-–—=_*~.·+#|][-–—=_*~.·+#| \t]{2,}$", re.M)
 _HYPHEN = re.compile(r"([^\W\d_]+)-\n[ \t]*([^\W\d_]+)")
 
@@ -124,13 +126,13 @@ def join_hyphens(
     def join(m): return m[1] + ("" if (m[1] + m[2]).lower() in words else "-") + m[2]
     return _HYPHEN.sub(join, text)
 
-# %% ../nbs/01_corpus.ipynb #d8b5e812
+# %% ../nbs/01_corpus.ipynb #c944ba2c
 def clean_text(
     text: str,  # the text of a book
 ) -> str:  # paragraphs of one line each, a blank line between them; case and punctuation kept
     "Take out the marks of the page: note numbers, italics, rules, line breaks and the hyphens at them."
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "")
-    text = _RULE.sub("", _MARKS.sub("", text)).replace("_", "")
+    text = _RULE.sub("", _MARKS.sub(r"\1", text)).replace("_", "")
     paragraphs = re.split(r"\n\s*\n", join_hyphens(text))
     return "\n\n".join(p for p in (" ".join(p.split()) for p in paragraphs) if p)
 
@@ -197,6 +199,44 @@ def near_copies(
     names = [n for n in prints if len(prints[n]) > 4]
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1:]
             if len(prints[a] & prints[b]) > share * min(len(prints[a]), len(prints[b]))]
+
+# %% ../nbs/01_corpus.ipynb #b950b2eb
+def choose_tokenizer(
+    alphabet: str,  # "default", "auto" or the characters
+    texts=(),  # the texts that "auto" learns from
+) -> CharTokenizer:
+    "The tokenizer that the word `alphabet` asks for."
+    if alphabet == "default": return CharTokenizer()
+    if alphabet != "auto": return CharTokenizer(alphabet)
+    return CharTokenizer(sorted(set().union(*map(count_chars, texts))))
+
+def _encode(tokenizer, text):
+    "Ids and report of a text, whatever the tokenizer."
+    if hasattr(tokenizer, "encode_with_report"): return tokenizer.encode_with_report(text)
+    return np.asarray(tokenizer.encode(text)), Report(len(text), len(text))
+
+def _build(source, tokenizer, folder=None):
+    "Encode and split the works that `source()` yields as (name, path, text)."
+    if folder is not None: os.makedirs(folder, exist_ok=True)
+    paths = [Path(folder or "") / f".tmp-{os.getpid()}-{part}" for part in ("train", "val")]
+    parts = [[] if folder is None else _TokenFile(p) for p in paths]
+    works, report, prints, joint = [], Report(), {}, _encode(tokenizer, "\n")[0]
+    for name, path, text in source():
+        ids, done = _encode(tokenizer, text)
+        if not len(ids): raise ValueError(f"{name}: nothing is left after normalisation; try --alphabet auto")
+        for part, piece in zip(parts, split_work(ids), strict=True):
+            if works: part.append(joint)
+            part.append(piece)
+        works.append(Work(name, len(ids) if isinstance(tokenizer, CharTokenizer) else len(text), path))
+        report, prints[name] = report + done, fingerprints(text)
+    if report.share > .05: warnings.warn(dropped_warning(report), stacklevel=3)
+    for a, b in near_copies(prints): warnings.warn(f"{a} and {b} are nearly the same text: leave one out", stacklevel=3)
+    train, val = (_join(part, joint.dtype) for part in parts)
+    sha = hashlib.sha256(train)
+    sha.update(val)
+    if folder is not None:  # the files are named by what they hold
+        for p in paths: os.replace(p, p.with_name(f"{sha.hexdigest()[:16]}-{p.name.split('-')[-1]}.bin"))
+    return Corpus(train, val, tokenizer, works, sha.hexdigest(), report)
 
 # %% ../nbs/01_corpus.ipynb #e126b025
 MEMORY_LIMIT = 256 * 2**20  # bytes of source files that are still kept in memory
@@ -269,44 +309,6 @@ class Corpus:
                  f"dropped {self.report.share:.1%} of the characters read, sha256 {self.sha256[:16]}"]
         return "\n".join(lines)
 
-# %% ../nbs/01_corpus.ipynb #11ae6302
-def choose_tokenizer(
-    alphabet: str,  # "default", "auto" or the characters
-    texts,  # the texts that "auto" learns from
-) -> CharTokenizer:
-    "The tokenizer that the word `alphabet` asks for."
-    if alphabet == "default": return CharTokenizer()
-    if alphabet != "auto": return CharTokenizer(alphabet)
-    return CharTokenizer(sorted(set().union(*map(count_chars, texts))))
-
-def _encode(tokenizer, text):
-    "Ids and report of a text, whatever the tokenizer."
-    if hasattr(tokenizer, "encode_with_report"): return tokenizer.encode_with_report(text)
-    return np.asarray(tokenizer.encode(text)), Report(len(text), len(text))
-
-def _build(source, tokenizer, folder=None):
-    "Encode and split the works that `source()` yields as (name, path, text)."
-    if folder is not None: os.makedirs(folder, exist_ok=True)
-    paths = [Path(folder or "") / f".tmp-{os.getpid()}-{part}" for part in ("train", "val")]
-    parts = [[] if folder is None else _TokenFile(p) for p in paths]
-    works, report, prints, joint = [], Report(), {}, _encode(tokenizer, "\n")[0]
-    for name, path, text in source():
-        ids, done = _encode(tokenizer, text)
-        if not len(ids): raise ValueError(f"{name}: nothing is left after normalisation; try --alphabet auto")
-        for part, piece in zip(parts, split_work(ids), strict=True):
-            if works: part.append(joint)
-            part.append(piece)
-        works.append(Work(name, len(ids) if isinstance(tokenizer, CharTokenizer) else len(text), path))
-        report, prints[name] = report + done, fingerprints(text)
-    if report.share > .05: warnings.warn(dropped_warning(report), stacklevel=3)
-    for a, b in near_copies(prints): warnings.warn(f"{a} and {b} are nearly the same text: leave one out", stacklevel=3)
-    train, val = (_join(part, joint.dtype) for part in parts)
-    sha = hashlib.sha256(train)
-    sha.update(val)
-    if folder is not None:  # the files are named by what they hold
-        for p in paths: os.replace(p, p.with_name(f"{sha.hexdigest()[:16]}-{p.name.split('-')[-1]}.bin"))
-    return Corpus(train, val, tokenizer, works, sha.hexdigest(), report)
-
 # %% ../nbs/01_corpus.ipynb #4268ef2d
 def check_length(
     n_tokens: int,  # tokens there are
@@ -338,7 +340,7 @@ def splitmix64(
     x = wrap((x ^ _shift(x, 27)) * const(0x94D049BB133111EB))
     return x ^ _shift(x, 31)
 
-# %% ../nbs/01_corpus.ipynb #ab06f672
+# %% ../nbs/01_corpus.ipynb #6c0f5b6a
 def hash64(
     *keys,  # integers or tensors of int64
 ):
@@ -350,6 +352,7 @@ def hash64(
         h = splitmix64(h ^ key)
     return h
 
+# %% ../nbs/01_corpus.ipynb #66a6b371
 def uniform(
     seed: int,  # any integer
     position: int,  # which number of the sequence
@@ -357,7 +360,7 @@ def uniform(
     "The number of `seed` at `position`: a pure function of the two."
     return (hash64(seed, position) >> 11) * 2.0**-53
 
-# %% ../nbs/01_corpus.ipynb #cff22669
+# %% ../nbs/01_corpus.ipynb #6ee9fe11
 def window_starts(
     n_tokens: int,  # length of the token array
     seed: int,  # of the run
@@ -369,6 +372,7 @@ def window_starts(
     check_length(n_tokens, block_size)
     return _shift(hash64(seed, step, rows), 1) % (n_tokens - block_size)
 
+# %% ../nbs/01_corpus.ipynb #0c1319a5
 def gather(
     tokens,  # `(N,)`, an array, a memory map or a tensor
     starts: torch.Tensor,  # `(B,)`
@@ -382,6 +386,7 @@ def gather(
     both = both if device is None else both.to(device, non_blocking=True)
     return both[:, :-1], both[:, 1:]
 
+# %% ../nbs/01_corpus.ipynb #ef8ff351
 def get_batch(
     tokens,  # `(N,)`, an array, a memory map or a tensor
     seed: int,  # of the run
@@ -403,6 +408,7 @@ def tokens_to(
     "Copy a token array to a device once, so that batches are cut there."
     return torch.from_numpy(np.array(tokens, dtype=np.uint8 if tokens.dtype == np.uint8 else np.int32)).to(device)
 
+# %% ../nbs/01_corpus.ipynb #5c824baf
 def eval_windows(
     n_tokens: int,  # length of the token array
     block_size: int,  # tokens in a window
