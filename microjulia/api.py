@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'MicroJulia', 'load', 'free_name', 'check_out', 'same_alphabet', 'sampler', 'train', 'generate', 'demo',
            'compare']
 
-# %% ../nbs/40_api.ipynb #ae3d4a14
+# %% ../nbs/40_api.ipynb #6609a767
 import math
 from collections.abc import Iterator
 from dataclasses import fields
@@ -17,11 +17,10 @@ import torch
 from fastcore.basics import patch
 
 from .checkpoint import load_checkpoint, resolve, save_checkpoint
-from .corpus import Corpus, NgramModel, find_texts, read_work
+from .corpus import Corpus, NgramModel, choose_tokenizer, find_texts, read_work
 from .generation import Event, Generator, SamplingParams, encode_prompt, score as token_nats, score_summary
 from .gpt import build_model, config_for, find_model
 from .streaming import chat_completion, sse, stream_chat, stream_completion
-from .tokenizer import CharTokenizer
 from .training import RECIPES, ProgressBar, TrainConfig, Trainer, get_device, pick_size
 
 # %% ../nbs/40_api.ipynb #536cb6e0
@@ -45,7 +44,7 @@ class MicroJulia:
         "Save as a checkpoint folder that `load` opens."
         return save_checkpoint(path, self.model, self.tokenizer, **self.facts)
 
-# %% ../nbs/40_api.ipynb #54066b7a
+# %% ../nbs/40_api.ipynb #bb786658
 def load(
     path: str | Path | None = None, # a checkpoint folder or a run folder
     device: str | torch.device | None = None, # None takes the fastest
@@ -54,7 +53,7 @@ def load(
     if path is None:
         raise ValueError("no model was named, and none ships with this version: make one with `microjulia demo` "
                          "or `microjulia train my.txt --out my-model`, then name its folder")
-    saved = load_checkpoint(resolve(path), device=device or get_device())
+    saved = load_checkpoint(resolve(path), device=get_device(device))
     facts = dict(step=saved.step, best_val_loss=saved.best_val_loss, facts=saved.facts)
     return MicroJulia(saved.model, saved.tokenizer, facts)
 
@@ -135,7 +134,7 @@ def same_alphabet(
     if parts: raise ValueError(f"the model to start from {' and '.join(parts)} compared with the alphabet asked for: "
                                "leave the alphabet out to use the model's own")
 
-# %% ../nbs/40_api.ipynb #f3d04c4e
+# %% ../nbs/40_api.ipynb #e1a3e93d
 def _split(options, arch):
     "Options of `train` as those of the model's config and those of `TrainConfig`."
     shape = {f.name for f in fields(find_model(arch).config_class)} - {"vocab_size"}
@@ -154,12 +153,12 @@ def _start(paths, arch, size, alphabet, init_from, shape, device):
     if fixed := [k for k in ("size", *shape) if k != "dropout" and (k != "size" or size)]:
         raise ValueError(f"the model to start from has its own shape: leave out {', '.join(fixed)}")
     saved = load_checkpoint(resolve(init_from), device=device)
-    if alphabet: same_alphabet(saved.tokenizer, Corpus.from_paths(paths, alphabet=alphabet).tokenizer)
+    if alphabet: same_alphabet(saved.tokenizer, choose_tokenizer(alphabet, map(read_work, find_texts(paths))))
     model = build_model(saved.model.arch, saved.model.config.to_dict() | shape)
     model.load_state_dict(saved.model.state_dict())
     return model, Corpus.from_paths(paths, tokenizer=saved.tokenizer)
 
-# %% ../nbs/40_api.ipynb #ff4f8e81
+# %% ../nbs/40_api.ipynb #4a5e11bd
 def sampler(
     tokenizer, # the model's
     prompt: str = "virtue ", # how each sample begins
@@ -172,11 +171,11 @@ def sampler(
         nonlocal calls
         calls += 1
         if (calls - 1) % every: return None
-        start = tokenizer.decode(tokenizer.encode(prompt)) or tokenizer.chars[-1]
+        start = tokenizer.normalize(prompt) or tokenizer.decode([0])
         return start + Generator(model, tokenizer).generate(start, SamplingParams(max_new_tokens=100, seed=seed))
     return sample
 
-# %% ../nbs/40_api.ipynb #b7f7252d
+# %% ../nbs/40_api.ipynb #565b6e97
 def train(
     paths=None, # a file, folder or pattern, or several of them; None takes the text that ships with the package
     out: str | Path | None = None, # run folder; None takes the next free name `run`, `run-2`, ...
@@ -192,7 +191,7 @@ def train(
 ) -> MicroJulia: # the best model of the run
     "Train a model on text."
     if recipe not in RECIPES: raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    device = torch.device(device) if device else get_device()
+    device = get_device(device)
     out = Path(out) if out else free_name("run")
     check_out(out, resume)
     shape, training = _split(options, arch)
@@ -215,7 +214,7 @@ def generate(
     "Continue `prompt` with a saved model."
     return load(model).generate(prompt, **options)
 
-# %% ../nbs/40_api.ipynb #4d238041
+# %% ../nbs/40_api.ipynb #c25b4c8e
 DEMO = dict(size="small", dropout=.1, seed=1)
 
 def demo(
@@ -223,13 +222,14 @@ def demo(
     minutes: float = 1.5, # of training
     prompt: str = "virtue is ", # what the model is to go on from
     device: str | torch.device | None = None, # None takes the fastest
+    progress=None, # a list of loggers; None takes a progress bar
 ) -> MicroJulia:
     "Train on the shipped text, compare with n-grams, save, and stream a continuation."
     out = Path(out) if out else free_name("demo")
     corpus = Corpus.from_paths()
     print(f"Text: {len(corpus.works)} works, {len(corpus.train) + len(corpus.val):,} characters; "
           f"the last tenth of each is held out.\nTraining for {minutes:g} minutes into {out}", flush=True)
-    model = train(out=out, minutes=minutes, device=device, **DEMO)
+    model = train(out=out, minutes=minutes, device=device, progress=progress, **DEMO)
     compare(model, corpus)
     print(f"\nSaved in {out}. The first chunks of a stream, as an OpenAI client gets them:\n")
     chunks = list(stream_completion(model.generator, dict(prompt=prompt, max_tokens=200, seed=1, stream=True)))

@@ -280,7 +280,7 @@ def info(
     for k, v in facts.items(): print(f"{k:20}{v:,}" if isinstance(v, int) else f"{k:20}{v}")
     for row in table: print(f"  {row['name']:36}{'x'.join(map(str, row['shape'])):>12}{row['parameters']:>12,}")
 
-# %% ../nbs/41_cli.ipynb #2086931f
+# %% ../nbs/41_cli.ipynb #a20c725b
 @verb
 def corpus(
     action: str, # clean
@@ -295,8 +295,8 @@ def corpus(
     from microjulia import api
     folder = Path(out)
     api.check_out(folder, False)
-    tokenizer = alphabet and api.CharTokenizer(api.ALPHABET if alphabet == "default" else alphabet)
     texts = {p: api.read_work(p) for p in api.find_texts(paths)}
+    tokenizer = alphabet and api.choose_tokenizer(alphabet, texts.values())
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in unique_names(texts).items():
         if tokenizer: text = tokenizer.normalize(text)

@@ -29,11 +29,15 @@ from .checkpoint import (CheckpointError, load_checkpoint, load_training_state, 
 from .corpus import Corpus, check_length, eval_windows, gather, get_batch, hash64, tokens_to
 from .viz import plot_loss
 
-# %% ../nbs/05_training.ipynb #f0771a84
-def get_device() -> torch.device: # CUDA where there is one, else Apple's MPS, else the CPU
-    "The fastest device of this machine."
-    if torch.cuda.is_available(): return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+# %% ../nbs/05_training.ipynb #e6461815
+def get_device(
+    name: str | torch.device | None = None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None takes the fastest there is
+) -> torch.device:
+    "The device called `name`, if this machine has it: CUDA before Apple's MPS before the CPU."
+    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * torch.cuda.is_available()
+    if str(name or there[-1]) in there: return torch.device(name or there[-1])
+    raise ValueError(f"no device {str(name)!r} on this machine: choose among {', '.join(there)}")
 
 def _cpu_has_bf16():
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -339,7 +343,7 @@ def run_lock(
             raise ValueError(f"{out} is in use by another training process: stop it, or choose another folder") from None
         yield
 
-# %% ../nbs/05_training.ipynb #94cdf802
+# %% ../nbs/05_training.ipynb #ce55dd11
 class Trainer:
     "One training run of `model` on `corpus`."
     def __init__(self,
@@ -350,7 +354,7 @@ class Trainer:
                  callbacks=(), # loggers, as in "Watching"
                  sample_fn=None, # called with the model after each evaluation; text it returns is logged
                  device: torch.device | None = None): # None takes the fastest
-        self.device = device or get_device()
+        self.device = get_device(device)
         self.model, self.corpus, self.config = model.to(self.device), corpus, config
         self.block_size = model.config.block_size
         check_length(len(corpus.train), self.block_size, "training text")
