@@ -83,7 +83,7 @@ def test_first_code_cell_installs_the_package(name):
     source = CFG['lib_name'] if CFG.getboolean('published') else f"git+{CFG['git_url']}@{CFG['branch']}"
     cell = ('#| hide\n#| eval: false\ntry: import microjulia\nexcept ImportError:\n'
             f'    %pip install -q {source}')
-    cells = [c.source for c in code(NOTEBOOKS[name]) if 'pip install' in c.source]
+    cells = [c.source for c in code(NOTEBOOKS[name]) if '%pip ' in c.source]
     assert cells == [cell]
     ast.parse(TransformerManager().transform_cell(cell))
 
