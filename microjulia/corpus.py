@@ -41,7 +41,7 @@ def decode_bytes(
     try: return data.decode("cp1252")
     except UnicodeDecodeError: raise ValueError("in no encoding known here: save it as UTF-8") from None
 
-# %% ../nbs/01_corpus.ipynb #92e45fb7
+# %% ../nbs/01_corpus.ipynb #0740630b
 _START = re.compile(r"\*{3} ?START OF TH(?:E|IS) PROJECT GUTENBERG(?:[^*]{0,400}\*{3}|.*)", re.I)
 _END = re.compile(r"^[ \t]*(?:\*{3} ?END OF TH(?:E|IS)|End of(?: the| this)?) PROJECT GUTENBERG", re.I | re.M)
 _SMALL_PRINT = re.compile(r"^\*\*The Legal Small Print\*\*|^\*{3} ?START\*\*THE SMALL PRINT", re.I | re.M)
@@ -55,7 +55,7 @@ _HEADER = re.compile(r"gutenberg|small print|\be-?texts?\b|\be-?books?\b|charact
 _CREDITS = re.compile(r"gutenberg|distributed proofread|pgdp|\be-?text\b|\be-?book\b|^\W*(?:original )?transcriber|"
                       r"^\W*PG editor|^(?:produced|prepared|digiti[sz]ed|scanned|transcribed) by|by volunteer|"
                       r"unicode version|big 5", re.I)
-_NOTES = re.compile(r"\W*(?:(?:original )?transcriber.?s notes?.*|PG editor.s note|notes by volunteer|"
+_NOTES = re.compile(r"\W*(?:(?:original )?transcriber.?s notes?[^:.]*|PG editor.s note|notes by volunteer|"
                     r"information about this e-?text edition)\W*", re.I)
 
 def unwrap(
@@ -74,8 +74,11 @@ def unwrap(
         text = text[:(_SMALL_PRINT.search(text) or m).start()] if tail else text[m.end():]
     if m := _ARCHIVES.search(text): text = _PUBLIC_DOMAIN.sub("", text[:m.start()])
     if not starts and _OPENING.search(text[:300]):  # a header that no line ends: cut behind its last paragraph
-        ends = [m.end() for m in re.finditer(r"(?:.+\n)+", text[:6000]) if _HEADER.search(m[0])]
-        text = text[ends[-1]:] if ends else text
+        end = 0
+        for m in re.finditer(r"(?:.+\n)+", text):
+            if m.start() > end + 1000: break  # so much has not spoken of it: the book has begun
+            if _HEADER.search(m[0]): end = m.end()
+        text = text[end:]
     return _cut_tail(text) if tail else text
 
 def _cut_tail(text, size=12_000):
@@ -83,7 +86,7 @@ def _cut_tail(text, size=12_000):
     near = (m for m in re.finditer(r"(?:.+\n)+", text) if m.start() > len(text) - size)
     return text[:next((m.start() for m in near if _HEADER.search(m[0])), None)]
 
-# %% ../nbs/01_corpus.ipynb #25fbaad2
+# %% ../nbs/01_corpus.ipynb #c901b195
 def drop_credits(
     text: str,  # a book's text without header and licence
     edge: int = 40,  # paragraphs looked at, at either end
@@ -93,7 +96,7 @@ def drop_credits(
     kept, skip = [], False
     for i, p in enumerate(paragraphs):
         near, heading = min(i, len(paragraphs) - 1 - i) < edge, _NOTES.fullmatch(p)
-        if heading and i > .9 * len(paragraphs): break  # notes to the end of the file
+        if heading and i > max(len(paragraphs) / 2, len(paragraphs) - 2 * edge): break  # notes to the end of the file
         if near and (heading or _CREDITS.search(p.strip())): skip = heading  # the paragraph below goes with its heading
         elif not skip: kept.append(p)
         else: skip = False
@@ -108,12 +111,12 @@ def strip_boilerplate(
     body = unwrap(text)
     return text if body == text else drop_credits(body)
 
-# %% ../nbs/01_corpus.ipynb #fcb49d9a
+# %% ../nbs/01_corpus.ipynb #e4be86d5
 _MARKS = re.compile(r"\[(?:\d{1,4}[a-z]?|pg\.? ?\d+|page \d+)\]|\{\d{1,4}\}|"  # [12] [Pg 7] {12}
                     r"(?<=[^\s\[])\[[a-z*†‡]\](?!\w)|^\[[a-z*]\](?=\s)|"  # word[A]
                     r"\[(?:illustration|greek:)[^\]]*\]|[(\[]transcriber.s note[^)\]]*[)\]]|"
                     r"\[(?:foot|side)?note\b[^:\]\n]{0,9}:([^\[\]]*)\]?", re.I | re.M)  # [Footnote 3: its text stays]
-_RULE = re.compile(r"^[ \t]*[-–—=_*~.·+#|][-–—=_*~.·+#| \t]{2,}$", re.M)
+_RULE = re.compile(r"^[ \t]*[-–—=_*~.·+#|](?:[ \t]*[-–—=_*~.·+#|]){2,}[ \t]*$", re.M)
 _HYPHEN = re.compile(r"([^\W\d_]+)-\n[ \t]*([^\W\d_]+)")
 
 # %% ../nbs/01_corpus.ipynb #36627b16
