@@ -189,6 +189,11 @@ def test_order_of_paths_does_not_matter(tmp_path):
     assert Corpus.from_paths(tmp_path).sha256 != first.sha256
 
 
+def test_checksum_covers_both_parts():
+    shas = {Corpus.from_texts({"x": text}).sha256 for text in ("a" * 20, "b" + "a" * 19, "a" * 19 + "b")}
+    assert len(shas) == 3
+
+
 def test_names_of_equal_stems(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -353,6 +358,13 @@ def test_ngram_on_shipped_text():
 ])
 def test_ngram_errors(make, words):
     with pytest.raises(ValueError, match=words): make()
+
+
+def test_discounts():
+    counts = np.repeat([1, 2, 3, 4, 9], [40, 20, 12, 8, 30])  # Y = 40 / (40 + 2 * 20) = 0.5
+    assert np.allclose(discounts(counts), [0, 1 - 2 * .5 * 20 / 40, 2 - 3 * .5 * 12 / 20, 3 - 4 * .5 * 8 / 12])
+    assert np.allclose(discounts(np.array([1, 2, 3])), [0, .5, 1, 1.5])
+    assert (discounts(np.repeat([1, 2, 3, 4], [1, 9, 1, 9])) >= 0).all()
 
 
 @given(st.lists(st.integers(0, 9), min_size=4, max_size=30), st.integers(1, 4))

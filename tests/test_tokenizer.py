@@ -99,11 +99,13 @@ def test_letters_never_come_from_signs():
 
 def test_warning():
     t = CharTokenizer()
+    with pytest.warns(UserWarning, match="6 of 100"): t.encode("a" * 94 + "5" * 6)
     with pytest.warns(UserWarning, match="--alphabet auto") as caught: t.encode("12345 abc")
     assert "'1' 1" in str(caught[0].message) and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         t.encode("A sentence with one comma, in thirty characters or so.")
+        t.encode("a" * 95 + "5" * 5)  # exactly one in twenty
         t.encode("Newlines\n\n\n\n\n\nand CAPITALS are changed, not dropped")
 
 
