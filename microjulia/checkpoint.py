@@ -149,7 +149,7 @@ def verify_checkpoint(
     for name, facts in files.items():
         if name.startswith(only): _check_file(path/name, facts)
 
-# %% ../nbs/04_checkpoint.ipynb #4f13a0c2
+# %% ../nbs/04_checkpoint.ipynb #c59e19f1
 STAGES = ("open", "config", "tokenizer", "weights", "training_state", "sync", "manifest", "rename",
           "replace", "renamed", "delete")
 
@@ -193,12 +193,13 @@ def _publish(temp, path):
     "Give the finished folder `temp` its name; what was at `path` goes only after that."
     stage("rename")
     old = path.with_name(f".old-{path.name}-{os.getpid()}")
-    if path.exists():
-        if any(path.iterdir()): os.rename(path, old)
-        else: path.rmdir()
-        stage("replace")
-    try: os.rename(temp, path)
-    except OSError:
+    try:
+        if path.exists():
+            if any(path.iterdir()): os.rename(path, old)
+            else: path.rmdir()
+            stage("replace")
+        os.rename(temp, path)
+    except BaseException:
         if old.exists(): os.rename(old, path)
         raise
     _sync(path.parent)
