@@ -237,8 +237,9 @@ def capture(
             if before is None: del m.observe
             else: m.observe = before
 
-# %% ../nbs/03_gpt.ipynb #85f244d6
-ARCHS = {"gpt2": "microjulia.gpt:GPT"}
+# %% ../nbs/03_gpt.ipynb #d5ead96a
+ARCHS = {"gpt2": "microjulia.gpt:GPT",
+         "juliagpt": "microjulia.family.autograd:JuliaGPT"}
 
 def arch_names() -> list[str]: # words for `find_model`
     "The architectures that can be built: those of this package and those that others add."
