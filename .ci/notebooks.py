@@ -41,12 +41,13 @@ def texts(nb):
 
 
 def merge_streams(nb):
-    "Join neighbouring pieces of one stream, and keep no progress bars."
+    "Join neighbouring pieces of one stream, and keep no progress bars nor widgets, which need a live kernel."
     for c in nb.cells:
         if c.cell_type != "code": continue
         kept = []
         for o in c.outputs:
             if o.output_type == "stream" and o.name == "stderr": continue
+            if "application/vnd.jupyter.widget-view+json" in o.get("data", {}): continue
             if kept and o.output_type == "stream" == kept[-1].output_type: kept[-1].text += o.text
             else: kept.append(o)
         c.outputs = kept
@@ -57,7 +58,7 @@ def run(path):
     "The notebook at `path`, executed."
     nb = nbformat.read(path, as_version=4)
     kernel = nb.metadata.get("kernelspec", {}).get("name", "python3")
-    Client(nb, timeout=600, kernel_name=kernel, resources={"metadata": {"path": str(path.parent)}}).execute()
+    Client(nb, timeout=600, kernel_name=kernel, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
     return merge_streams(nb)
 
 
