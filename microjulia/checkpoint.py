@@ -8,7 +8,7 @@ __all__ = ['FORMAT_VERSION', 'MANIFEST', 'STAGES', 'CheckpointError', 'DiskFullE
            'load_checkpoint', 'step_path', 'step_paths', 'newest_whole', 'best_whole', 'resolve', 'set_aside',
            'remove_checkpoint', 'remove_stale', 'load_training_state']
 
-# %% ../nbs/04_checkpoint.ipynb #0b3d5c38
+# %% ../nbs/04_checkpoint.ipynb #97cc6dce
 import errno
 import hashlib
 import json
@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import __version__
 from .gpt import build_model
@@ -313,7 +314,7 @@ def read_config(
             raise CheckpointError(f"{file}: {key} is missing or of the wrong kind")
     return config
 
-# %% ../nbs/04_checkpoint.ipynb #5374d413
+# %% ../nbs/04_checkpoint.ipynb #f4faedb8
 @contextmanager
 def _reading(file):
     "Name the file in what safetensors has to say about it."
@@ -327,12 +328,20 @@ def _header(file):
         parts = {n: f.get_slice(n) for n in f.keys()}
         return {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in parts.items()}
 
+class _ShapesOnly(TorchFunctionMode):
+    "Skip what changes numbers but no shape: on the meta device it would cost a second of imports."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_", "triu", "tril"): return [*args, *kwargs.values()][0]
+        return func(*args, **kwargs)
+
 def _outline(file, config, n_tensors):
     "The tensors that the model of `config` should have: names and shapes, no memory."
     layers = config["hyperparams"].get("n_layer", 0)
     try:
         if layers > n_tensors: raise ValueError(f"{layers} layers, but {n_tensors} tensors in the weights")
-        with torch.device("meta"): model = build_model(config["arch"], config["hyperparams"])
+        with torch.device("meta"), _ShapesOnly(): model = build_model(config["arch"], config["hyperparams"])
         if (size := sum(b.nbytes for b in model.buffers())) > 1 << 32:
             raise ValueError(f"its model needs {size / 1e9:.0f} GB beside the weights")
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
