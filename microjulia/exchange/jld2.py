@@ -384,7 +384,7 @@ def _heap(f, buf, pos, size):
     f.spend(count * size)
     return f.take(where, count * size)
 
-# %% ../../nbs/exchange/20_jld2.ipynb #8c89f489
+# %% ../../nbs/exchange/20_jld2.ipynb #ecd97870
 def decode(
     f: JLD2File,              # an open file
     h5: H5Type,               # how the value lies
@@ -433,9 +433,9 @@ def as_julia(
     if julia.short in ("NTuple", "Tuple") and isinstance(value, (list, np.ndarray)):
         return Fields({str(i + 1): v for i, v in enumerate(value)}, julia)
     pairs = value.get("kvvec") if isinstance(value, Fields) else value
-    if julia.short in ("Dict", "IdDict", "ImmutableDict") and isinstance(pairs, list):
+    if julia.short in ("Dict", "IdDict", "ImmutableDict") and isinstance(pairs, JuliaVector):
         out = JuliaDict((_key(p["first"]), p["second"]) for p in pairs)
-        out.julia, out.pair = julia, pairs[0].julia if pairs else None
+        out.julia, out.pair = julia, (pairs[0] if pairs else pairs).julia
         return out
     return value
 
