@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'verb', 'add_verb', 'Parser', 'say', 'build_parser', 'main', 'demo', 'train', 'sampling', 'generate',
-           'print_json', 'describe', 'chat', 'score', 'info', 'corpus', 'unique_names']
+           'print_json', 'describe', 'chat', 'score', 'info', 'corpus', 'list_books', 'get_books', 'clean_books',
+           'unique_names']
 
 # %% ../nbs/41_cli.ipynb #b38377a0
 import argparse
@@ -280,18 +281,31 @@ def info(
     for k, v in facts.items(): print(f"{k:20}{v:,}" if isinstance(v, int) else f"{k:20}{v}")
     for row in table: print(f"  {row['name']:36}{'x'.join(map(str, row['shape'])):>12}{row['parameters']:>12,}")
 
-# %% ../nbs/41_cli.ipynb #a20c725b
+# %% ../nbs/41_cli.ipynb #e0a80eb3
 @verb
 def corpus(
-    action: str, # clean
-    paths: list[str], # text files, folders or patterns
+    action: str, # list, get or clean
+    words: list[str] = (), # for list and get: names or numbers of books, none for all; for clean: files, folders, patterns
     *,
-    out: str | None = None, # folder for the cleaned texts
-    alphabet: str | None = None, # normalise to these characters, or default for the 28 (default: keep all)
+    out: str | None = None, # folder for the texts (get has a default of its own)
+    mirror: str | None = None, # where to get books (default: mirrors of Project Gutenberg, in turn)
+    alphabet: str | None = None, # clean: normalise to these characters, or default for the 28 (default: keep all)
 ):
-    "Clean books: remove licences, page furniture and broken lines."
-    if action != "clean": raise ValueError(f"unknown action {action!r}: corpus clean PATH... --out DIR")
-    if out is None: raise ValueError("corpus clean needs --out DIR, a new or empty folder")
+    "The books: list the catalogue, get books of it, clean any text."
+    if action not in (actions := dict(list=list_books, get=get_books, clean=clean_books)):
+        raise ValueError(f"unknown action {action!r}: corpus list, corpus get or corpus clean")
+    actions[action](words, out, mirror, alphabet)
+
+def list_books(words, *_):
+    from microjulia.exchange.catalogue import find_books
+    for book in find_books(list(words) or None): print(book)
+
+def get_books(words, out, mirror, _):
+    from microjulia.exchange.catalogue import fetch_books
+    for path in fetch_books(list(words) or None, out, mirror, say=say): print(path)
+
+def clean_books(paths, out, _, alphabet):
+    if not paths or out is None: raise ValueError("corpus clean needs files to clean and --out DIR, a new or empty folder")
     from microjulia import api
     folder = Path(out)
     api.check_out(folder, False)

@@ -101,13 +101,14 @@ def lr_at(
     fall = (1 + math.cos(math.pi * p)) / 2 if schedule == "cosine" else 1 - p
     return min(1., (step + 1) / max(1, warmup_iters)) * (min_lr + fall * (lr - min_lr))
 
-# %% ../nbs/05_training.ipynb #a7157296
+# %% ../nbs/05_training.ipynb #262f6354
 def adamw_groups(
     params, # parameters of any shape
     peak: float, # learning rate at the top of the schedule
     weight_decay: float, # pull on the matrices
 ) -> list: # groups for an optimiser
     "Two groups: matrices with weight decay, vectors without."
+    params = list(params)
     matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
     return [dict(params=matrices, weight_decay=weight_decay, peak=peak), dict(params=vectors, weight_decay=0., peak=peak)]
 

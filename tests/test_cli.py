@@ -73,7 +73,8 @@ BAD = [
     ("generate virtue --model m --frequency x", "unrecognized arguments"),
     ("chat --model nowhere", "nowhere"), ("score plato.txt", "microjulia train"), ("score nowhere.txt --model m", "nowhere.txt"),
     ("info", "info takes a folder"), ("info m --arch gpt2", "info takes a folder"), ("info --arch gpt2 --size huge", "huge"),
-    ("corpus shred plato.txt --out o", "shred"), ("corpus clean plato.txt", "--out"),
+    ("corpus shred plato.txt --out o", "shred"), ("corpus clean plato.txt", "--out"), ("corpus list nobody", "nobody"),
+    ("corpus get --mirror https://www.gutenberg.org", "gutenberg.org"),
     ("corpus clean plato.txt --out m", "not empty"), ("corpus clean empty.txt --out o", "empty.txt"),
 ]
 
@@ -167,6 +168,11 @@ def test_chat_reads_lines(desk):
     done = run("chat", "--model", "m", "--max-new-tokens", 20, "--seed", 1, cwd=desk, input="the city\n42\nthe pilot\n\nnot read\n")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     assert "nothing is left" in done.stderr and "not taught to converse" in done.stderr
+
+
+def test_corpus_list():
+    lines = run("corpus", "list").stdout.splitlines()
+    assert len(lines) >= 45 and len(run("corpus", "list", "plato").stdout.splitlines()) < len(lines)
 
 
 def test_corpus_clean(desk, tmp_path):

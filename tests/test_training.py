@@ -57,6 +57,17 @@ def test_resume_is_equal_to_the_bit(corpus, tmp_path, dtype, optimizer, dropout,
     assert losses(read_metrics(tmp_path / "metrics.jsonl")) == losses(whole)
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw", "adam"])
+def test_every_parameter_is_in_one_group_and_moves(corpus, name):
+    t = Trainer(model(0.), corpus, TrainConfig(steps=2, optimizer=name, warmup_iters=0))
+    grouped = [id(p) for g in t.optimizer.param_groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in t.model.parameters())
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    t.train_step()
+    assert not [n for n, p in t.model.named_parameters() if torch.equal(p, before[n])]
+    assert all(p.grad is None for p in t.model.parameters())
+
+
 def test_twice_resumed_is_equal(corpus, tmp_path):
     config = TrainConfig(steps=15, dtype="float32", log_interval=1)
     whole = train(model(), corpus, config)
