@@ -9,13 +9,12 @@ ini = ConfigParser(delimiters=['='])
 ini.read(root/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 lib, extra = cfg['lib_name'], '_requirements'
-readme = root/'README.md'
 
 setup(
     name=lib,
     version=cfg['version'],
     description=cfg['description'],
-    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
+    long_description=(root/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     author=cfg['author'],
     license=cfg['license'].upper(),

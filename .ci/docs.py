@@ -162,11 +162,12 @@ def check_badges():
 
 ADDRESS = re.compile(r'(?:github\.com|githubusercontent\.com|google\.com/github)/([\w.-]+/microjulia)(?![\w-])(?:\.git)?'
                      r'(?:/(?:blob|tree|raw|edit)/([\w.-]+)/([^\s)#"\'\\>]*)|@([\w.-]+))?')
-SITE = re.compile(r'https://([\w-]+)\.github\.io/microjulia')
+SITE = re.compile(r'https://([\w-]+)\.github\.io/microjulia(?:/([\w/-]+\.html))?')
 
 
 def check_addresses():
     "Each address of the project is the one in settings.ini, and what it points to is in the repository."
+    pages = {'', *(re.sub(r'(^|/)\d+_', r'\1', n).replace('.ipynb', '.html') for n in notebooks())}
     patterns = '*.md', '*.yml', '*.cff', '*.txt', 'nbs/**/*.ipynb', 'microjulia/**/*.py', '.github/**/*.*'
     for file in [p for pattern in patterns for p in sorted(ROOT.glob(pattern)) if p.is_file()]:
         name, text = file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8')
@@ -174,7 +175,8 @@ def check_addresses():
             if repo != REPO: yield f'{name}: {repo} is not {REPO}, the repository in settings.ini'
             if (branch or at or BRANCH) != BRANCH: yield f'{name}: {branch or at} is not {BRANCH}, the branch in settings.ini'
             if not (ROOT/path).exists(): yield f'{name}: no {path} in the repository'
-        for host in SITE.findall(text):
+        for host, page in SITE.findall(text):
+            if page not in pages: yield f'{name}: the site has no {page}'
             if not CFG['doc_host'].startswith(f'https://{host}.'): yield f"{name}: {host} is not at {CFG['doc_host']}"
 
 
