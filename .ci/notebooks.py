@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = re.compile(r"^#\|\s*(eval:\s*false|gpu|slow)\b", re.M)
-VOLATILE = re.compile(r"\bminutes=")  # how far a run gets in a given time depends on the machine
+VOLATILE = re.compile(r"^#\s*volatile|\bminutes=", re.M)  # how far a run gets in a given time depends on the machine
 
 
 class Client(NotebookClient):

@@ -130,14 +130,15 @@ def test_lengths():
     assert steps_of(TrainConfig(batch_size=64), 64 * 256 * 1000 + 5, 256) == 3000
 
 
-def test_a_length_nobody_asked_for_is_cut(corpus, monkeypatch):
-    monkeypatch.setattr("microjulia.training.LONGEST_MINUTES", .001)
-    trainer = Trainer(model(), corpus, TrainConfig())
+def test_a_length_nobody_asked_for_is_cut(corpus):
+    trainer = Trainer(model(), corpus, TrainConfig(max_minutes=.001))
     trainer.plan()
     assert trainer.steps < 500 and "three epochs" in trainer.history[-1]["text"]
-    asked = Trainer(model(), corpus, TrainConfig(steps=500))
-    asked.plan()
-    assert asked.steps == 500
+    for config in (TrainConfig(steps=500, max_minutes=.001), TrainConfig(**RECIPES["card"]["train"])):
+        asked = Trainer(model(), corpus, config)
+        steps = asked.steps
+        asked.plan()
+        assert asked.steps == steps
 
 
 def test_card_recipe_is_the_cards():

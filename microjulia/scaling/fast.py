@@ -79,17 +79,17 @@ class MuonAdamW(torch.optim.AdamW):
         if not state: state |= dict(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW looks for a `step`
         return state["momentum"]
 
-# %% ../../nbs/scaling/50_fast.ipynb #90814308
+# %% ../../nbs/scaling/50_fast.ipynb #957584bc
 def muon(
     model, # any model of the family, with its layers in `blocks`
-    config, # a `TrainConfig`; its `lr` is the peak of Muon, AdamW's part has a fifth of it
+    config, # a `TrainConfig`; its `lr` is the peak of Muon, AdamW's part has four tenths of it
 ) -> MuonAdamW:
     "The optimiser called `muon` in a `TrainConfig`."
     parts, peak = hidden_matrices(model), config.lr or .02
     groups = [dict(params=[p for n, p in model.named_parameters() if parts.get(n) == k], muon=True, parts=k, peak=peak,
                    weight_decay=0.) for k in sorted(set(parts.values()))]
     rest = [p for n, p in model.named_parameters() if n not in parts]
-    return MuonAdamW(groups + adamw_groups(rest, peak / 5, config.weight_decay), dtype=fast_products(model),
+    return MuonAdamW(groups + adamw_groups(rest, .4 * peak, config.weight_decay), dtype=fast_products(model),
                      betas=(config.beta1, config.beta2), fused=True)
 
 def fast_products(
