@@ -237,9 +237,11 @@ def capture(
             if before is None: del m.observe
             else: m.observe = before
 
-# %% ../nbs/03_gpt.ipynb #d5ead96a
+# %% ../nbs/03_gpt.ipynb #771b461d
 ARCHS = {"gpt2": "microjulia.gpt:GPT",
-         "juliagpt": "microjulia.family.autograd:JuliaGPT"}
+         "juliafluxgpt": "microjulia.family.juliafluxgpt:JuliaFluxGPT",
+         "juliagpt": "microjulia.family.autograd:JuliaGPT",
+         "monarchslm": "microjulia.family.monarch:MonarchSLM"}
 
 def arch_names() -> list[str]: # words for `find_model`
     "The architectures that can be built: those of this package and those that others add."
