@@ -9,21 +9,14 @@ list of integers stands beside it.
 All encode the same 28-character text, in turn, round after round in one process; the figure is the median
 over the rounds of the ratio of their processor times.
 """
-import argparse, json, platform, statistics, sys, time
+import argparse, platform, statistics, sys, time
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from common import cpu, save, spread
 
 from microjulia.tokenizer import ALPHABET, CharTokenizer
-
-
-def cpu():
-    "The name of the processor."
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def timed(f, *args):
@@ -31,13 +24,6 @@ def timed(f, *args):
     start = time.process_time()
     f(*args)
     return time.process_time() - start
-
-
-def spread(values):
-    "Median, quartiles and range."
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": round(median, 1), "quartiles": [round(low, 1), round(high, 1)],
-            "range": [round(min(values), 1), round(max(values), 1)]}
 
 
 def main():
@@ -72,9 +58,7 @@ def main():
         "command": "python bench/encode.py" + "".join(f" {a}" for a in sys.argv[1:]),
         "machine": {"cpu": cpu(), "python": platform.python_version(), "numpy": np.__version__, "system": platform.system()},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    save(args.out, result)
 
 
 if __name__ == "__main__": main()

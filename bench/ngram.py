@@ -6,11 +6,11 @@
 No clock in it: the figures depend on the books alone, which their checksum names.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from common import save
 
 from microjulia.corpus import Corpus, NgramModel
 
@@ -31,8 +31,7 @@ def main():
         "bits_per_char": {n: round(NgramModel(n, size).fit(corpus.train).bits_per_char(corpus.val), 3) for n in args.orders},
         "command": "python bench/ngram.py BOOKS" + "".join(f" {a}" for a in sys.argv[1 + len(args.books):]),
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    save(args.out, result)
 
 
 if __name__ == "__main__": main()
