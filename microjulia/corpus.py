@@ -86,10 +86,11 @@ def _cut_tail(text, size=12_000):
     near = (m for m in re.finditer(r"(?:.+\n)+", text) if m.start() > len(text) - size)
     return text[:next((m.start() for m in near if _HEADER.search(m[0])), None)]
 
-# %% ../nbs/01_corpus.ipynb #c901b195
+# %% ../nbs/01_corpus.ipynb #d448f681
 def drop_credits(
     text: str,  # a book's text without header and licence
     edge: int = 40,  # paragraphs looked at, at either end
+    longest: int = 3000,  # characters; a longer paragraph is the book, whatever it mentions
 ) -> str:
     "Leave out the paragraphs at either end in which the makers of the electronic text speak."
     paragraphs = re.split(r"\n[ \t]*(?:\n[ \t]*)+", text.strip("\n"))
@@ -97,7 +98,8 @@ def drop_credits(
     for i, p in enumerate(paragraphs):
         near, heading = min(i, len(paragraphs) - 1 - i) < edge, _NOTES.fullmatch(p)
         if heading and i > max(len(paragraphs) / 2, len(paragraphs) - 2 * edge): break  # notes to the end of the file
-        if near and (heading or _CREDITS.search(p.strip())): skip = heading  # the paragraph below goes with its heading
+        credit = len(p) < longest and _CREDITS.search(p.strip())
+        if near and (heading or credit): skip = heading  # the paragraph below goes with its heading
         elif not skip: kept.append(p)
         else: skip = False
     return "\n\n".join(kept)

@@ -437,3 +437,12 @@ def test_the_published_ladder(books):
     assert len(c.works) == 47 and abs(len(c.train) + len(c.val) - 18_035_241) < 20_000
     for order, bits in {2: 3.319, 5: 1.805}.items():  # DATA.md section 6, last 10 % of each work
         assert abs(NgramModel(order, 28).fit(c.train).bits_per_char(c.val) / bits - 1) < .02
+
+
+@needs_books
+@pytest.mark.parametrize("name", ["juliagpt_training_data_28.txt", "microjulia_training_data_48.txt"])
+def test_a_book_without_blank_lines_is_not_taken_for_a_credit(name):
+    "One paragraph of 800,000 characters, with the licence in its last lines."
+    path = SHARED / "reference" / name
+    text = read_work(path)
+    assert .97 * path.stat().st_size < len(text) < path.stat().st_size and "registered trademark" not in text
