@@ -557,10 +557,10 @@ def _filters(f, pos):
         out.append(ident)
     return out
 
-# %% ../../nbs/exchange/20_jld2.ipynb #c26e6a04
+# %% ../../nbs/exchange/20_jld2.ipynb #942f06af
 def read_jld2(
     path,                  # a .jld2 file
-    only=None,             # names of the variables to read; None reads all
+    only=None,             # names of the variables to read, or a function of the name; None reads all
     arrays: bool = True,   # False: an `ArraySpec` in the place of each array of numbers
 ) -> Fields:               # the variables by name: nested `Fields`, lists, NumPy arrays in Julia's index order
     "Read a file that Julia's JLD2 wrote. Nothing in it is run, and no other file is opened."
@@ -576,7 +576,8 @@ def _variables(data, name, only, arrays):
         f, root = open_jld2(data, name, arrays)
         f.enter(root)
         found = links(f, messages(f, root))
-        wanted = [n for n in found if n != "_types" and (only is None or n in only)]
+        asked = only if callable(only) else lambda n: only is None or n in only
+        wanted = [n for n in found if n != "_types" and asked(n)]
         return Fields((n, _object(f, found[n])) for n in wanted)
     except JLD2Error: raise
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, MemoryError,
