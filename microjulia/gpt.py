@@ -237,11 +237,13 @@ def capture(
             if before is None: del m.observe
             else: m.observe = before
 
-# %% ../nbs/03_gpt.ipynb #771b461d
+# %% ../nbs/03_gpt.ipynb #a7220f6f
 ARCHS = {"gpt2": "microjulia.gpt:GPT",
          "juliafluxgpt": "microjulia.family.juliafluxgpt:JuliaFluxGPT",
+         "juliaslm": "microjulia.family.juliaslm:JuliaSLM",
          "juliagpt": "microjulia.family.autograd:JuliaGPT",
-         "monarchslm": "microjulia.family.monarch:MonarchSLM"}
+         "monarchslm": "microjulia.family.monarch:MonarchSLM",
+         "symbioslm": "microjulia.family.symbio:SymbioSLM"}
 
 def arch_names() -> list[str]: # words for `find_model`
     "The architectures that can be built: those of this package and those that others add."
