@@ -539,32 +539,49 @@ def loop(self: Trainer):
             start = time.perf_counter()
         elif self.out and time.perf_counter() - self.saved_at > 60 * c.save_minutes: self.save()
 
-# %% ../nbs/05_training.ipynb #a0ea0ea1
+# %% ../nbs/05_training.ipynb #ce175f8b
 @patch
-def plan(self: Trainer):
-    "Time a few passes, log how long the run will take, and cut a length that nobody asked for to `max_minutes`."
-    if not self.steps: return
+def seconds_per_pass(self: Trainer,
+                     n: int = 3, # passes to time, after one to warm up
+                     ) -> float:
+    "The time of a forward and backward pass on one batch."
     x, y = get_batch(self.tokens, self.config.seed, 0, self.config.batch_size, self.block_size, device=self.device)
-    for i in range(4):
-        if i == 1: start = time.perf_counter()                   # the first one warms up
+    for i in range(n + 1):
+        if i == 1: start = time.perf_counter()
         for xs, ys in zip(x.chunk(self.pieces), y.chunk(self.pieces)):
             with autocast(self.device, self.dtype): logits = self.forward(xs)
             F.cross_entropy(logits.flatten(0, 1).float(), ys.flatten()).backward()
         float(next(self.model.parameters()).grad.sum())          # waits for the device
     self.model.zero_grad(set_to_none=True)
-    each = 1.1 * (time.perf_counter() - start) / 3 / 60
-    most = self.config.max_minutes
+    return (time.perf_counter() - start) / n
+
+@patch
+def pick_threads(self: Trainer):
+    "Use one CPU thread where that is faster than all of them."
+    if self.device.type != "cpu": return
+    times = {}
+    for n in {1, torch.get_num_threads()}:
+        torch.set_num_threads(n)
+        times[n] = self.seconds_per_pass()
+    torch.set_num_threads(min(times, key=times.get))
+
+@patch
+def plan(self: Trainer):
+    "Settle the length of a run in steps and log how long it will take, or the threads of a run in minutes."
+    if not self.steps: return self.pick_threads()
+    most, each = self.config.max_minutes, 1.1 * self.seconds_per_pass() / 60
     cut = not (self.config.steps or self.config.epochs) and most and (self.steps - self.step) * each > most
     if cut: self.steps = self.step + int(most / each)
     self.log("event", text=f"{self.steps - self.step:,} steps, about {(self.steps - self.step) * each:.1f} minutes"
-             + (f" (three epochs would take longer; ask for them with --epochs 3)" if cut else ""))
+             + " (three epochs would take longer; ask for them with --epochs 3)" * bool(cut))
 
-# %% ../nbs/05_training.ipynb #09039622
+# %% ../nbs/05_training.ipynb #e980041e
 @patch
 def run(self: Trainer,
         resume: bool = False, # go on from the run folder's newest checkpoint, if there is one
         ) -> list: # the history: records, oldest first
     "Train until the configured length is reached."
+    threads = torch.get_num_threads()
     if self.out: self.out.mkdir(parents=True, exist_ok=True)
     if self.out: remove_stale(self.out / "checkpoints")
     with run_lock(self.out) if self.out else nullcontext(), torch.random.fork_rng(), catch_signals(self.signals):
@@ -580,6 +597,7 @@ def run(self: Trainer,
             stop.saved = self.save()
             raise Interrupted(stop.signum, stop.saved) from None
         finally:
+            torch.set_num_threads(threads)
             self.model.eval()
             for logger in self.loggers: logger.finish()
     return self.history

@@ -248,3 +248,17 @@ def test_a_second_signal_ends_at_once(corpus, tmp_path):
 def test_on_cuda(corpus, dtype):
     history = train(model(), corpus, TrainConfig(steps=60, dtype=dtype))
     assert history[-1]["val_loss"] < 3.2
+
+
+def test_a_run_in_minutes_takes_the_faster_number_of_threads(corpus, monkeypatch):
+    used = []
+    class Watch(StopAt):
+        def log(self, record, step): used.append(torch.get_num_threads())
+    torch.set_num_threads(2)
+    try:
+        for slow, want in ((1, 2), (2, 1)):
+            used.clear()
+            monkeypatch.setattr(Trainer, "seconds_per_pass", lambda self: float(torch.get_num_threads() == slow))
+            train(model(), corpus, TrainConfig(minutes=.002), callbacks=[Watch(0)], device="cpu")
+            assert set(used) == {want} and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(1)
