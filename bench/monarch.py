@@ -11,24 +11,17 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from common import machine, save
+
 C, HEADS, CONTEXTS = 256, {"Monarch": 8, "attention": 4}, (16, 64, 256, 1024, 4096, 16384)
 NAMES = "Monarch", "Monarch, realised", "attention", "attention, bare"
 REALISED_LIMIT = 4096  # at 16,384 the matrices alone would take 8.6 GB
-
-
-def cpu():
-    "The name of the processor."
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak(f):
@@ -147,11 +140,7 @@ def main():
     result["crossover"] = {n: crossover(forward["Monarch"], forward[n]) for n in NAMES[1:]}
     result["crossover_step"] = crossover(result["step"]["Monarch"], result["step"]["attention"])
     result["slope"] = {n: slope(forward[n]) for n in NAMES}
-    import torch
-    result |= {"command": "python bench/monarch.py" + "".join(f" {a}" for a in sys.argv[1:]),
-               "machine": {"cpu": cpu(), "threads": 1, "python": platform.python_version(), "torch": torch.__version__,
-                           "system": platform.system()}}
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(args.out, result | machine() | {"threads": 1})
 
 
 if __name__ == "__main__": main()

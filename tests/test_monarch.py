@@ -232,4 +232,4 @@ def test_committed_measurements():
     path = Path(__file__).resolve().parents[1] / "bench" / "results" / "monarch.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"256", "1024", "4096", "16384"} <= set(result["forward"]["Monarch"])
-    assert result["slope"]["Monarch"] < result["slope"]["attention, bare"] < 2.2 and result["machine"]["threads"] == 1
+    assert result["slope"]["Monarch"] < result["slope"]["attention, bare"] < 2.2 and result["threads"] == 1

@@ -6,7 +6,7 @@
 __all__ = ['ORDERS', 'monarch_matrix', 'side', 'causal_monarch', 'History', 'HistoryCache', 'Monarch', 'CausalConv', 'ask',
            'MonarchMixer', 'MonarchConfig', 'check_common', 'MonarchBlock', 'MixerModel', 'init_lux', 'MonarchSLM']
 
-# %% ../../nbs/family/13_monarch.ipynb #b6a1018e
+# %% ../../nbs/family/13_monarch.ipynb #c866f9ce
 import math
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from ..attention import KVCache
-from .juliafluxgpt import RMSNorm, SwiGLU, ffn_hidden
-from ..gpt import Config, init_weights, positions
+from .juliafluxgpt import RMSNorm, SwiGLU, TiedModel, ffn_hidden
+from ..gpt import Config, init_weights
 
 # %% ../../nbs/family/13_monarch.ipynb #a8b994fa
 ORDERS = {"julia": "hcbd,hbac->hdcba", "torch": "hcbd,hbac->hcdab"}
@@ -298,7 +298,7 @@ def check_common(
         raise ValueError(f"init={config.init!r} is not known; choose 'gpt2' or 'lux'")
     if not config.norm_eps > 0: raise ValueError(f"norm_eps={config.norm_eps} is not above 0")
 
-# %% ../../nbs/family/13_monarch.ipynb #225c9374
+# %% ../../nbs/family/13_monarch.ipynb #c36787c4
 class MonarchBlock(nn.Module):
     "Mixer, then SwiGLU, each on the normalised stream, each added to it."
     def __init__(self,
@@ -328,53 +328,24 @@ class MonarchBlock(nn.Module):
         C, w = self.ln1.weight.numel(), self.ln1.weight
         return History(w.new_zeros(batch_size, block_size, C), self.mixer.monarch.new_history(batch_size, C))
 
-class MixerModel(nn.Module):
-    "A language model of blocks that mix positions without a position table, with a tied head."
-    observe, block_class = None, None
-
+class MixerModel(TiedModel):
+    "A language model of blocks with a mixer that keeps a `History`."
     def __init__(self,
         config: Config, # all sizes and choices
+        blocks: list[nn.Module], # each with `ffwd` and `new_history(batch_size, block_size)`
     ):
-        super().__init__()
-        self.config = c = config
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
-        self.drop = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(self.make_block(i) for i in range(c.n_layer))
-        self.ln_f = RMSNorm(c.n_embd, c.norm_eps)
-        if c.init == "lux": init_lux(self)
+        super().__init__(config, blocks)
+        if config.init == "lux": init_lux(self)
         else:
-            init_weights(self, "gpt2", [b.ffwd.w_down for b in self.blocks])
+            init_weights(self, "gpt2", [b.ffwd.w_down for b in blocks])
             for m in self.modules():
                 if isinstance(m, Monarch): m.L1.data *= 0.1
-
-    def make_block(self, i: int) -> nn.Module: # which of the blocks
-        "Block number `i`."
-        return self.block_class(self.config)
-
-    def forward(self,
-        ids: Tensor, # token ids, `(B, T)`
-        cache: HistoryCache | None = None, # from `new_cache`; `ids` then follow what it holds
-    ) -> Tensor: # logits, `(B, T, vocab_size)`
-        "Predict, at every position, the next token."
-        start = 0 if cache is None else cache.length
-        positions(ids, start, self.config.block_size)  # raises if there are too many
-        x = self.drop(self.wte(ids))                                     # (B, T, C)
-        if self.observe is not None: self.observe("residual", x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[i], start)  # (B, T, C)
-            if self.observe is not None: self.observe("residual", x)
-        if cache is not None: cache.advance(ids.size(1))
-        return F.linear(self.ln_f(x), self.wte.weight)                   # (B, T, vocab_size)
 
     def new_cache(self,
         batch_size: int = 1, # rows `B`
     ) -> HistoryCache:
         "An empty cache that fits this model, where the model is."
         return HistoryCache([b.new_history(batch_size, self.config.block_size) for b in self.blocks])
-
-    def num_params(self) -> int: # numbers that training changes
-        "How many parameters the model has."
-        return sum(p.numel() for p in self.parameters())
 
 def init_lux(
     model: nn.Module, # every Dense layer and embedding in it is set anew
@@ -384,9 +355,14 @@ def init_lux(
         if isinstance(m, nn.Linear): nn.init.xavier_normal_(m.weight)
         elif isinstance(m, nn.Embedding): nn.init.uniform_(m.weight)
 
-# %% ../../nbs/family/13_monarch.ipynb #d94e65b3
+# %% ../../nbs/family/13_monarch.ipynb #797370fe
 class MonarchSLM(MixerModel):
     "A language model whose positions are mixed by Monarch matrices and a short convolution."
-    arch, config_class, block_class = "monarchslm", MonarchConfig, MonarchBlock
+    arch, config_class = "monarchslm", MonarchConfig
     sizes = {"1m": dict(n_layer=4, n_head=8, n_embd=128, block_size=256, batch_size=32),
              "5m": dict(n_layer=8, n_head=8, n_embd=256, block_size=256, batch_size=32)}
+
+    def __init__(self,
+        config: MonarchConfig, # all sizes and choices
+    ):
+        super().__init__(config, [MonarchBlock(config) for _ in range(config.n_layer)])
