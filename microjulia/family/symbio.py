@@ -105,14 +105,14 @@ def gate_entropy(
     "How undecided each channel is among the organelles."
     return torch.special.entr(shares).sum(0)
 
-# %% ../../nbs/family/14_symbio.ipynb #6466f68c
+# %% ../../nbs/family/14_symbio.ipynb #20ccdd26
 class SymbioMixer(nn.Module):
     "Several organelles side by side, divided among channels by a gate."
     observe = None # a callable put here is shown the shares, and what each organelle adds
     ablated = frozenset() # names of organelles that are taken out
 
     def __init__(self,
-        config: "SymbioConfig", # sizes
+        config: Config, # a `SymbioConfig`
         names: tuple, # the organelles of this layer
     ):
         super().__init__()
