@@ -1,14 +1,19 @@
 "Python's world: Hugging Face folders, nanoGPT, GGUF, the Hub."
+import base64
+import hashlib
+import http.server
 import json
 import pickle
+import threading
 
-import numpy as np
 import pytest
 import torch
 
-from microjulia.checkpoint import load_checkpoint
+from microjulia.checkpoint import load_checkpoint, save_checkpoint
+from microjulia.exchange.convert import TARGETS, convert, format_of, info
 from microjulia.exchange.gguf import byte_words, read_gguf, write_gguf
 from microjulia.exchange.huggingface import load_pt, read_huggingface, read_pt, read_tokenizer, write_huggingface, write_nanogpt
+from microjulia.exchange.hub import from_pretrained, push_to_hub
 from microjulia.gpt import GPT, GPTConfig
 from microjulia.tokenizer import CharTokenizer
 
@@ -221,3 +226,160 @@ def test_damaged_gguf_files(damage, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="damaged") as e: read_gguf(path)
     assert "\n" not in str(e.value)
+
+
+# the Hub, against one that runs here
+
+class Hub:
+    "As much of the Hub's HTTP as uploading and downloading small files needs."
+    def __init__(self): self.files, self.requests, self.private, self.broken = {}, [], {}, False
+
+    def answer(self, method, path, headers, body):
+        path, _, _ = path.partition("?")
+        self.requests.append((method, path, headers.get("Authorization", "")))
+        if self.broken: return 403, {}, json.dumps({"error": f"forbidden for {headers.get('Authorization')}"}).encode()
+        if path == "/api/repos/create":
+            ask = json.loads(body)
+            name = "/".join(filter(None, (ask.get("organization"), ask["name"]))) if "/" not in ask["name"] else ask["name"]
+            self.private[name] = ask.get("private", ask.get("visibility"))
+            self.files.setdefault(name, {})
+            return 200, {}, json.dumps({"url": f"{self.url}/{name}", "name": name, "id": name}).encode()
+        if path == "/api/validate-yaml": return 200, {}, b'{"errors": [], "warnings": []}'
+        if path == "/api/whoami-v2": return 200, {}, b'{"name": "plato", "type": "user", "orgs": []}'
+        name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        if "/preupload/" in path:
+            files = [dict(path=f["path"], uploadMode="regular", shouldIgnore=False, oid=None) for f in json.loads(body)["files"]]
+            return 200, {}, json.dumps({"files": files}).encode()
+        if "/commit/" in path:
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file": self.files[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return 200, {}, json.dumps({"success": True, "commitOid": "a" * 40, "commitUrl": f"{self.url}/{name}/commit/{'a' * 40}", "hookOutput": ""}).encode()
+        if "/tree/" in path:
+            tree = [dict(type="file", path=n, size=len(d), oid=hashlib.sha1(d).hexdigest()) for n, d in self.files[name].items()]
+            return 200, {}, json.dumps(tree).encode()
+        if path.startswith("/api/models/") and name in self.files:
+            return 200, {}, json.dumps({"id": name, "sha": "a" * 40, "private": False, "siblings": [{"rfilename": n} for n in self.files[name]]}).encode()
+        parts = path.strip("/").split("/")
+        data = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:])) if parts[2:3] == ["resolve"] else None
+        if data is None: return 404, {"X-Error-Code": "EntryNotFound" if len(parts) > 3 else "RepoNotFound"}, b'{"error": "not found"}'
+        return 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": "a" * 40, "Accept-Ranges": "bytes"}, data
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    hub = Hub()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        def log_message(self, *_): pass
+        def serve(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, headers, data = hub.answer(self.command, self.path, self.headers, body)
+            self.send_response(status)
+            for k, v in {"Content-Length": str(len(data)), "Content-Type": "application/json", **headers}.items(): self.send_header(k, v)
+            self.end_headers()
+            if self.command != "HEAD": self.wfile.write(data)
+        do_GET = do_POST = do_HEAD = do_PUT = serve
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    yield hub
+    server.shutdown()
+
+
+@pytest.fixture
+def trained(tmp_path):
+    model = random_model()
+    save_checkpoint(tmp_path/"model", model, CharTokenizer(), step=2000, best_val_loss=1.25, facts={"corpus": {"works": 47}},
+                    training_state={"tensors": {"m": torch.zeros(3)}, "state": {}})
+    return tmp_path/"model"
+
+
+@pytest.mark.parametrize("form", ["microjulia", "hf"])
+def test_up_to_the_hub_and_down_again(form, stub, trained, tmp_path, capsys, caplog):
+    secret = "hf_notARealTokenButLongEnough"
+    url = push_to_hub(trained, "plato/dialogues", form=form, token=secret, endpoint=stub.url)
+    assert url.endswith("plato/dialogues") and stub.private["plato/dialogues"] in (True, "private")
+    files = stub.files["plato/dialogues"]
+    assert {"README.md", "config.json", "model.safetensors"} <= set(files) and not any("training_state" in n for n in files)
+    assert "1.2500 nats" in files["README.md"].decode() and "works: 47" in files["README.md"].decode()
+    assert not any(secret.encode() in data for data in files.values())
+    back = from_pretrained("plato/dialogues", token=secret, cache_dir=tmp_path/"cache", endpoint=stub.url)
+    assert back.step == 2000 and back.best_val_loss == 1.25 and back.facts["corpus"] == {"works": 47} and back.tokenizer == CharTokenizer()
+    assert torch.equal(logits(back.model, IDS), logits(load_checkpoint(trained).model, IDS))
+    assert any(secret in a for _, _, a in stub.requests)
+    out = capsys.readouterr()
+    assert secret not in out.out + out.err + caplog.text
+    assert not any(secret.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    push_to_hub(trained, "plato/dialogues", form=form, token=secret, endpoint=stub.url)  # again, as after an interruption
+
+
+def test_the_public_is_a_choice(stub, trained):
+    push_to_hub(trained, "plato/open", private=False, token="hf_notARealTokenButLongEnough", endpoint=stub.url)
+    assert stub.private["plato/open"] in (False, None, "public")
+
+
+def test_pickles_are_not_fetched_and_damage_is_seen(stub, trained, tmp_path):
+    push_to_hub(trained, "plato/dialogues", token="hf_x", endpoint=stub.url)
+    stub.files["plato/dialogues"]["pytorch_model.bin"] = b"\x80\4"
+    stub.requests.clear()
+    from_pretrained("plato/dialogues", cache_dir=tmp_path/"c1", endpoint=stub.url)
+    assert not any(".bin" in path for _, path, _ in stub.requests)
+    data = bytearray(stub.files["plato/dialogues"]["model.safetensors"])
+    data[-1] ^= 1
+    stub.files["plato/dialogues"]["model.safetensors"] = bytes(data)
+    with pytest.raises(ValueError, match="damaged or replaced"): from_pretrained("plato/dialogues", cache_dir=tmp_path/"c2", endpoint=stub.url)
+
+
+def test_errors_of_the_hub_are_one_line_without_the_token(stub, trained, tmp_path):
+    stub.broken, secret = True, "hf_notARealTokenButLongEnough"
+    for call in (lambda: push_to_hub(trained, "plato/x", token=secret, endpoint=stub.url),
+                 lambda: from_pretrained("plato/x", token=secret, cache_dir=tmp_path/"c", endpoint=stub.url)):
+        with pytest.raises(OSError, match="plato/x: not (up|down)loaded") as e: call()
+        assert "\n" not in str(e.value) and secret not in str(e.value)
+    with pytest.raises(FileNotFoundError, match="no such folder"): from_pretrained("../nothing/here/at all")
+    with pytest.raises(ValueError): push_to_hub(tmp_path/"none", "plato/x", endpoint=stub.url)
+
+
+# every format through one door
+
+@pytest.mark.filterwarnings("ignore:nanoGPT ties")
+@pytest.mark.parametrize("name, to, kind", [("a.jld2", None, "jld2"), ("a.npz", None, "npz"), ("ckpt.pt", None, "pt"), ("m.gguf", None, "gguf"),
+                                            ("folder", "hf", "hf"), ("copy", "microjulia", "microjulia")])
+def test_convert_and_info(name, to, kind, trained, tmp_path):
+    if kind == "gguf": pytest.importorskip("gguf")
+    made = convert(trained, tmp_path/"out"/name, to)
+    renamed = made.rename(made.parent/("x" if made.is_dir() else "x.dat"))
+    assert format_of(renamed) == kind
+    facts = info(renamed)
+    assert facts["kind"] == kind and facts["parameters"] >= load_checkpoint(trained).model.num_params() and json.dumps(facts, default=str)
+    with pytest.raises(ValueError, match="already there"): convert(trained, renamed, to or TARGETS[1])
+    if kind == "npz": return
+    back = convert(renamed, tmp_path/"back", "microjulia")
+    assert torch.allclose(logits(load_checkpoint(back).model, IDS), logits(load_checkpoint(trained).model, IDS), rtol=0, atol=1e-4)
+    assert load_checkpoint(back).tokenizer == CharTokenizer()
+
+
+def test_convert_says_what_is_wrong(trained, tmp_path):
+    with pytest.raises(ValueError, match="say --to"): convert(trained, tmp_path/"x")
+    with pytest.raises(ValueError, match="unknown format 'onnx'"): convert(trained, tmp_path/"x", "onnx")
+    (tmp_path/"m.pt").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="web page"): convert(tmp_path/"m.pt", tmp_path/"x")
+    (tmp_path/"m.pt").write_bytes(b"PK\3\4" + bytes(50))
+    with pytest.raises(ValueError, match="without its end"): info(tmp_path/"m.pt")
+    with pytest.raises(FileNotFoundError): info(tmp_path/"none")
+    with pytest.raises(ValueError): info(tmp_path)
+
+
+def test_info_does_not_load_weights(tmp_path):
+    import tracemalloc
+    model = random_model(n_embd=256, n_layer=6)
+    save_checkpoint(tmp_path/"m", model, CharTokenizer())
+    convert(tmp_path/"m", tmp_path/"m.jld2"); convert(tmp_path/"m", tmp_path/"hf", "hf"); convert(tmp_path/"m", tmp_path/"m.npz")
+    for name in ("m", "m.jld2", "hf", "m.npz"):
+        tracemalloc.start()
+        info(tmp_path/name)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20 < model.num_params()
+        tracemalloc.stop()
