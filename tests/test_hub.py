@@ -3,6 +3,7 @@ import base64
 import hashlib
 import http.server
 import json
+import os
 import pickle
 import threading
 
@@ -99,7 +100,7 @@ def test_openais_own_names_and_masks(tmp_path):
 def test_byte_pairs(tmp_path):
     pytest.importorskip("tokenizers")
     bpe = pytest.importorskip("microjulia.family.bpe")
-    words = bpe.train_bpe(["virtue is knowledge and knowledge is virtue. " * 20], 60, CharTokenizer().chars)
+    words = bpe.train_bpe(["virtue is knowledge and knowledge is virtue. " * 20], 50, CharTokenizer().chars)
     model = random_model(vocab_size=words.vocab_size)
     path = write_huggingface(tmp_path/"hf", model, words)
     assert read_tokenizer(path).encode("virtue is").tolist() == words.encode("virtue is").tolist()
@@ -147,6 +148,16 @@ def test_nanogpt_both_ways(config, tmp_path):
     data["model"] = {f"_orig_mod.{n}": x for n, x in data["model"].items() if not n.endswith("ln_1.bias") or x.any()}
     torch.save(data, path)
     assert torch.equal(logits(read_pt(path).model(), IDS), logits(model, IDS))
+
+
+@pytest.mark.skipif("GPT2_FOLDER" not in os.environ, reason="GPT2_FOLDER does not name a folder with the 124M weights")
+def test_the_124m_weights():
+    transformers = pytest.importorskip("transformers")
+    path = os.environ["GPT2_FOLDER"]
+    ours, theirs = read_huggingface(path), transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = torch.as_tensor(ours.tokenizer.encode("Virtue, then, is knowledge, and can be taught.").astype(int))[None]
+    assert ids.tolist() == [transformers.AutoTokenizer.from_pretrained(path)("Virtue, then, is knowledge, and can be taught.")["input_ids"]]
+    assert close(logits(ours.model(), ids), logits(theirs, ids).logits)
 
 
 def test_an_untied_head_is_said(tmp_path):

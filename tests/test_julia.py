@@ -649,11 +649,16 @@ def test_numpy_exports(tmp_path):
     c = read_julia(tmp_path/"juliaflux_weights.npz")
     assert c.arch == "juliafluxgpt" and c.hyperparams["block_size"] == 16
     if there("juliafluxgpt"): agree(logits_of(tmp_path/"juliaflux_weights.npz", IDS), fluxgpt_forward(tree, IDS))
-    np.savez(tmp_path/"juliaslm_weights.npz", **{"tok_emb.weight": numbers(28, 16), "ln_f": numbers(16), "blocks.0.attn.wq": numbers(16, 16),
-             "blocks.0.attn.wk": numbers(16, 16), "blocks.0.ffn.v": numbers(64, 16)}, _hp_n_heads=2, _hp_head_dim=8)
+    tree = lux_tree(attn_weights, "attn")
+    flat = {"tok_emb.weight": tree["tok_emb"]["weight"].T, "ln_f": tree["ln_f"]["weight"]}
+    for i, b in enumerate(tree["blocks"].values()):
+        flat |= {f"blocks.{i}.attn.{n}": m["weight"] for n, m in b["attn"].items()} | {f"blocks.{i}.ffn.{n}": m["weight"] for n, m in b["ffn"].items()}
+        flat |= {f"blocks.{i}.{n}.weight": b[n]["weight"] for n in ("ln1", "ln2")}
+    np.savez(tmp_path/"juliaslm_weights.npz", **flat, _hp_n_heads=4, _hp_head_dim=8, _hp_embed_dim=32)
     with pytest.raises(ValueError, match="context is nowhere"): read_julia(tmp_path/"juliaslm_weights.npz")
-    c = read_julia(tmp_path/"juliaslm_weights.npz", block_size=32)
-    assert c.arch == "juliaslm" and c.hyperparams["n_head"] == 2 and "blocks.0.ffwd.w_up.weight" in c.tensors
+    c = read_julia(tmp_path/"juliaslm_weights.npz", block_size=12)
+    assert c.arch == "juliaslm" and c.hyperparams["n_head"] == 4
+    if there("juliaslm"): agree(logits_of(tmp_path/"juliaslm_weights.npz", IDS[:8], block_size=12), lux_forward(tree, IDS[:8], scrambled))
 
 
 def test_npz_with_pickles_or_bombs_is_refused(tmp_path):

@@ -149,12 +149,12 @@ blocks/block_{i}/ffn/w2                      blocks.{i}.ffwd.w_down.weight
 ln_f/weight                                  ln_f.weight
 """
 
-# %% ../../nbs/exchange/23_julia.ipynb #24a7f3ee
+# %% ../../nbs/exchange/23_julia.ipynb #247666a2
 RULES = {"gpt2": _flux_gpt, "juliafluxgpt": _flux_gated, "juliaslm": _lux + """
 blocks/block_{i}/attn/wq                     blocks.{i}.attn.wq.weight
 blocks/block_{i}/attn/wk                     blocks.{i}.attn.wk.weight
 blocks/block_{i}/attn/wv                     blocks.{i}.attn.wv.weight
-blocks/block_{i}/attn/wo                     blocks.{i}.attn.wo.weight
+blocks/block_{i}/attn/wo                     blocks.{i}.attn.proj.weight
 head/weight                                  lm_head.weight
 """, "monarchslm": _lux + """
 blocks/block_{i}/seq_mixer/conv/kernel                  blocks.{i}.mixer.conv.weight   kernel
@@ -266,18 +266,19 @@ def _juliafluxgpt(leaves, t, told, given, name, notes):
                 rope_base=float(told.get("rope_base", 10_000)),
                 norm_eps=float(f"{float(leaves.get('ln_f/eps', 1e-6)):.6g}"))
 
-# %% ../../nbs/exchange/23_julia.ipynb #1b23acc8
+# %% ../../nbs/exchange/23_julia.ipynb #e8ac23f0
 def _juliaslm(leaves, t, told, given, name, notes):
     "Hyperparameters of JuliaSLM, whose heads were scrambled by a reshape and have to stay so."
     V, C = t["wte.weight"].shape
-    size = told.get("head_dim")
+    rows, size = t["blocks.0.attn.wq.weight"].shape[0], told.get("head_dim")
     heads = _first(name, _no_heads, given.get("n_head"), told.get("n_heads"), told.get("n_head"),
-                   t["blocks.0.attn.wq.weight"].shape[0] // size if size else None)
+                   rows // size if isinstance(size, int) and size > 0 else None)
     T = _first(name, _no_context, given.get("block_size"),
                *(told.get(k) for k in ("context_length", "block_size", "max_seq_len", "seq_len")))
     notes["head_layout"] = "julia_flat: the original's reshape mixes heads and positions; its weights depend on it"
-    return dict(vocab_size=V, n_embd=C, n_layer=_count(t), n_head=heads, block_size=T, head_layout="julia_flat",
-                init="lux")
+    return dict(vocab_size=V, n_embd=C, n_layer=_count(t), n_head=heads, block_size=T, head_layout="julia_flat", init="lux",
+                head_size=None if rows == C else rows // heads, hidden=t["blocks.0.ffwd.w_gate.weight"].shape[0],
+                tied="lm_head.weight" not in t)
 
 def _monarchslm(leaves, t, told, given, name, notes):
     "Hyperparameters of MonarchSLM; the context is the square of its matrices' side."
@@ -289,8 +290,8 @@ def _monarchslm(leaves, t, told, given, name, notes):
 
 def _symbioslm(leaves, t, told, given, name, notes):
     "Hyperparameters of SymbioSLM."
-    notes["longconv"] = "tap 0 is the current token, as in Julia"
-    return _monarchslm(leaves, t, told, given, name, notes)
+    notes["conv_flip"] = "tap 0 is the current token, as in Julia's convolution"
+    return _monarchslm(leaves, t, told, given, name, notes) | dict(conv_flip=True)
 
 HYPERPARAMS = {"gpt2": _gpt2, "juliafluxgpt": _juliafluxgpt, "juliaslm": _juliaslm, "monarchslm": _monarchslm,
                "symbioslm": _symbioslm}
@@ -453,11 +454,12 @@ def _rows(path, name, x):
     if out.ndim != 2: raise ValueError(f"{path}: {name} is not a matrix of numbers")
     return out
 
-# %% ../../nbs/exchange/23_julia.ipynb #409634f0
+# %% ../../nbs/exchange/23_julia.ipynb #a0068d6a
 _same = [(r"^_orig_mod\.", ""), (r"^(tok_emb|wte|ln_f|lm_head|head)$", r"\1.weight"),
          (r"^tok_emb\.", "wte."), (r"^head\.", "lm_head."),
          (r"\.(ffn|ffwd)\.(w1|w_gate)$", ".ffwd.w_gate.weight"), (r"\.(ffn|ffwd)\.(v|w_up)$", ".ffwd.w_up.weight"),
-         (r"\.(ffn|ffwd)\.(w2|w_down)$", ".ffwd.w_down.weight"), (r"\.(ln1|ln2|attn\.(?:w[qkvo]|wkv|proj))$", r".\1.weight")]
+         (r"\.(ffn|ffwd)\.(w2|w_down)$", ".ffwd.w_down.weight"), (r"\.attn\.wo$", ".attn.proj"),
+         (r"\.(ln1|ln2|attn\.(?:w[qkv]|wkv|proj))$", r".\1.weight")]
 
 def our_name(
     name: str,  # of an array in an export
