@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'MicroJulia', 'load', 'free_name', 'check_out', 'same_alphabet', 'default_size', 'sampler', 'train',
            'generate', 'demo', 'compare']
 
-# %% ../nbs/40_api.ipynb #6609a767
+# %% ../nbs/40_api.ipynb #568f9cea
 import math
 from collections.abc import Iterator
 from dataclasses import fields
@@ -17,13 +17,13 @@ import torch
 from fastcore.basics import patch
 
 from .checkpoint import load_checkpoint, resolve, save_checkpoint
-from .corpus import Corpus, NgramModel, choose_tokenizer, find_texts, read_work
+from .corpus import Corpus, NgramModel, choose_tokenizer, find_texts, read_work, shipped_paths
 from .generation import Event, Generator, SamplingParams, encode_prompt, score as token_nats, score_summary
 from .gpt import build_model, config_for, find_model
 from .streaming import chat_completion, sse, stream_chat, stream_completion
 from .training import RECIPES, ProgressBar, TrainConfig, Trainer, get_device, pick_size
 
-# %% ../nbs/40_api.ipynb #536cb6e0
+# %% ../nbs/40_api.ipynb #5d7be5de
 class MicroJulia:
     "A trained model with its tokenizer, ready to write."
     def __init__(self,
@@ -35,7 +35,7 @@ class MicroJulia:
 
     def __repr__(self):
         c = self.model.config
-        return (f"MicroJulia({c.arch}, {self.model.num_params():,} parameters, {c.vocab_size} characters, "
+        return (f"MicroJulia({c.arch}, {self.model.num_params():,} parameters, vocabulary of {c.vocab_size}, "
                 f"context {c.block_size})")
 
     def save(self,
@@ -91,12 +91,12 @@ def chat(self: MicroJulia,
     body = dict(body, messages=messages, stream=stream)
     return stream_chat(self.generator, body) if stream else chat_completion(self.generator, body)
 
-# %% ../nbs/40_api.ipynb #7a1fd5c5
+# %% ../nbs/40_api.ipynb #17135287
 @patch
 def nats(self: MicroJulia,
          text: str, # text to predict; normalised by the tokenizer
-         ) -> np.ndarray: # loss of every character but the first, `(n-1,)`
-    "How surprised the model is by each character of `text`."
+         ) -> np.ndarray: # loss of every token but the first, `(n-1,)`
+    "How surprised the model is by each token of `text`."
     return token_nats(self.model, self.tokenizer.encode(text))
 
 @patch
@@ -104,7 +104,8 @@ def score(self: MicroJulia,
           text: str, # text to predict
           ) -> dict: # `characters`, `nats_per_char`, `bits_per_char`
     "How well the model predicts `text`."
-    return score_summary(self.nats(text))
+    characters = len(self.tokenizer.decode(self.tokenizer.encode(text)[1:]))
+    return score_summary(self.nats(text), characters)
 
 # %% ../nbs/40_api.ipynb #c7e43a9f
 def free_name(
@@ -124,12 +125,13 @@ def check_out(
     if out.exists() and any(out.iterdir()) and not resume:
         raise ValueError(f"{out} is not empty: choose another --out, or go on with what is there by --resume")
 
-# %% ../nbs/40_api.ipynb #d3c71ac5
+# %% ../nbs/40_api.ipynb #f0a9e5db
 def same_alphabet(
     ours, theirs, # tokenizers: of the model to start from, and as asked for
 ):
     "Raise, naming the characters, if two vocabularies differ."
-    a, b = set(ours.chars), set(theirs.chars)
+    a, b = (set(getattr(t, "chars", ())) for t in (ours, theirs))
+    if not a and ours != theirs: raise ValueError("the model to start from has word pieces of its own: leave the alphabet out")
     parts = [f"{'lacks' if sign else 'has'} {''.join(sorted(d))!r}" for sign, d in ((1, b - a), (0, a - b)) if d]
     if parts: raise ValueError(f"the model to start from {' and '.join(parts)} compared with the alphabet asked for: "
                                "leave the alphabet out to use the model's own")
@@ -143,7 +145,7 @@ def default_size(
     picked, sizes = pick_size(device), find_model(arch).sizes
     return picked if picked in sizes else next(iter(sizes))
 
-# %% ../nbs/40_api.ipynb #8dec66fa
+# %% ../nbs/40_api.ipynb #124d6f95
 def _split(options, arch):
     "Options of `train` as those of the model's config and those of `TrainConfig`."
     shape = {f.name for f in fields(find_model(arch).config_class)} - {"vocab_size"}
@@ -153,16 +155,24 @@ def _split(options, arch):
     given = {k: v for k, v in options.items() if v is not None}
     return ({k: v for k, v in given.items() if k in shape}, {k: v for k, v in given.items() if k in training})
 
-def _start(paths, arch, size, alphabet, init_from, shape, device):
+def _tokenizer(paths, tokenizer, alphabet, vocab_size):
+    "The tokenizer of a new model: characters, or word pieces learnt from the training part of the text."
+    if tokenizer == "chars": return choose_tokenizer(alphabet or "default", map(read_work, find_texts(paths or shipped_paths())))
+    if tokenizer != "bpe": raise ValueError(f"unknown tokenizer {tokenizer!r}; known: chars, bpe")
+    from microjulia.family.bpe import train_bpe
+    texts = map(read_work, find_texts(paths or shipped_paths()))
+    return train_bpe((t[:len(t) - len(t) // 10] for t in texts), vocab_size or 2000, alphabet)
+
+def _start(paths, arch, size, tokens, init_from, shape, device):
     "The model and the corpus that a run starts with."
     if init_from is None:
-        corpus = Corpus.from_paths(paths, alphabet=alphabet or "default")
+        corpus = Corpus.from_paths(paths, tokenizer=_tokenizer(paths, **tokens))
         config = config_for(arch, size or default_size(arch, device), vocab_size=corpus.tokenizer.vocab_size, **shape)
         return find_model(arch)(config), corpus
     if fixed := [k for k in ("size", *shape) if k != "dropout" and (k != "size" or size)]:
         raise ValueError(f"the model to start from has its own shape: leave out {', '.join(fixed)}")
     saved = load_checkpoint(resolve(init_from), device=device)
-    if alphabet: same_alphabet(saved.tokenizer, choose_tokenizer(alphabet, map(read_work, find_texts(paths))))
+    if tokens["alphabet"]: same_alphabet(saved.tokenizer, _tokenizer(paths, **tokens))
     model = build_model(saved.model.arch, saved.model.config.to_dict() | shape)
     model.load_state_dict(saved.model.state_dict())
     return model, Corpus.from_paths(paths, tokenizer=saved.tokenizer)
@@ -184,13 +194,15 @@ def sampler(
         return start + Generator(model, tokenizer).generate(start, SamplingParams(max_new_tokens=100, seed=seed))
     return sample
 
-# %% ../nbs/40_api.ipynb #dc94990e
+# %% ../nbs/40_api.ipynb #766f374c
 def train(
     paths=None, # a file, folder or pattern, or several of them; None takes the text that ships with the package
     out: str | Path | None = None, # run folder; None takes the next free name `run`, `run-2`, ...
     size: str | None = None, # `small`, `medium`, `large`; None chooses by the device's memory
     arch: str = "gpt2", # word of the architecture
     alphabet: str | None = None, # characters; `auto` learns them from the text; None takes the default 28
+    tokenizer: str = "chars", # `chars`, or `bpe` for word pieces learnt from the text
+    vocab_size: int | None = None, # number of word pieces; None is 2000
     init_from: str | Path | None = None, # start from the weights and the tokenizer of this checkpoint
     recipe: str = "default", # `default`, or `card` to train exactly as the model card
     resume: bool = False, # go on with what `out` holds, if it holds anything
@@ -207,7 +219,8 @@ def train(
     shape = (RECIPES[recipe]["model"] if init_from is None else {}) | shape
     config = TrainConfig(**RECIPES[recipe]["train"] | training)
     torch.manual_seed(config.seed)
-    model, corpus = _start(paths, arch, size, alphabet, init_from, shape, device)
+    tokens = dict(tokenizer=tokenizer, alphabet=alphabet, vocab_size=vocab_size)
+    model, corpus = _start(paths, arch, size, tokens, init_from, shape, device)
     if "batch_size" not in training and init_from is None:
         config.batch_size = find_model(arch).sizes[size or default_size(arch, device)]["batch_size"]
     loggers = [ProgressBar()] if progress is None else progress

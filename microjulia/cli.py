@@ -7,11 +7,10 @@ __all__ = ['VERBS', 'verb', 'add_verb', 'Parser', 'say', 'build_parser', 'main',
            'print_json', 'describe', 'chat', 'score', 'info', 'corpus', 'list_books', 'get_books', 'clean_books',
            'unique_names']
 
-# %% ../nbs/41_cli.ipynb #b38377a0
+# %% ../nbs/41_cli.ipynb #d5bbcc9a
 import argparse
 import inspect
 import json
-import math
 import os
 import sys
 import warnings
@@ -127,7 +126,7 @@ def demo(
     from microjulia import api
     api.demo(out, minutes, prompt)
 
-# %% ../nbs/41_cli.ipynb #9e6f9cb5
+# %% ../nbs/41_cli.ipynb #19a86452
 @verb
 def train(
     paths: list[str], # text files, folders or patterns
@@ -142,6 +141,8 @@ def train(
     init_from: str | None = None, # start from the weights and tokenizer of this checkpoint
     recipe: str = "default", # default, or card to train exactly as the model card
     alphabet: str | None = None, # characters, or auto to learn them from the text (default: space, period, a-z)
+    tokenizer: str = "chars", # chars, or bpe for word pieces learnt from the text
+    vocab_size: int | None = None, # number of word pieces (default: 2000)
     n_layer: int | None = None, # blocks
     n_head: int | None = None, # attention heads
     n_embd: int | None = None, # width
@@ -199,16 +200,16 @@ def generate(
     for event in events: print(event.text, end="", flush=True)
     print()
 
-# %% ../nbs/41_cli.ipynb #116abcf0
+# %% ../nbs/41_cli.ipynb #729b3e08
 def print_json(o):
     "One line of JSON on standard output."
     print(json.dumps(o, ensure_ascii=False), flush=True)
 
 def describe(m) -> dict: # what `info` prints
     "The facts of a loaded model."
-    c, best = m.model.config, m.facts.get("best_val_loss")
+    c, best = m.model.config, m.facts.get("facts", {}).get("bits_per_char")
     return dict(arch=c.arch, parameters=m.model.num_params(), hyperparams=c.to_dict(), step=m.facts.get("step"),
-                best_val_loss=best, best_bits_per_char=best and best / math.log(2))
+                best_val_loss=m.facts.get("best_val_loss"), best_bits_per_char=best)
 
 # %% ../nbs/41_cli.ipynb #62bbc6fb
 @verb
@@ -236,7 +237,7 @@ def _ask():
     try: return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError: return ""
 
-# %% ../nbs/41_cli.ipynb #e0f39d7b
+# %% ../nbs/41_cli.ipynb #201a49f4
 @verb
 def score(
     paths: list[str], # text files, folders or patterns
@@ -246,12 +247,11 @@ def score(
     device: str | None = None, # cpu, cuda, mps (default: the fastest)
 ):
     "Say how well a model predicts texts: nats and bits per character."
-    import numpy as np
     from microjulia import api
     m = api.load(model, device)
-    nats = {str(p): m.nats(api.read_work(p)) for p in api.find_texts(paths)}
-    files = {p: api.score_summary(n) for p, n in nats.items()}
-    total = api.score_summary(np.concatenate(list(nats.values())))
+    files = {str(p): m.score(api.read_work(p)) for p in api.find_texts(paths)}
+    nats = [s["nats_per_char"] * s["characters"] for s in files.values()]
+    total = api.score_summary(nats, sum(s["characters"] for s in files.values()))
     if json: return print_json(dict(total, files=files))
     for p, s in [*files.items(), ("total", total)]:
         print(f"{s['bits_per_char']:7.4f} bits/char {s['characters']:>12,} characters  {p}")

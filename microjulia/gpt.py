@@ -140,13 +140,14 @@ def positions(
                          f"give the last {block_size} at most")
     return torch.arange(start, start + T, device=ids.device)
 
-# %% ../nbs/03_gpt.ipynb #f7afa27f
+# %% ../nbs/03_gpt.ipynb #5e71e39a
 class GPT(nn.Module):
     "A GPT-2 style language model: ids in, a logit for each entry of the vocabulary out."
     arch, config_class, observe = "gpt2", GPTConfig, None
     sizes = {"small": dict(n_layer=2, n_head=4, n_embd=128, block_size=128, batch_size=16),
              "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16),
-             "large": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64)}
+             "large": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64),
+             "1m": dict(n_layer=5, n_head=4, n_embd=128, block_size=256, batch_size=16)}  # to compare the family at
 
     def __init__(self,
         config: GPTConfig, # all sizes and choices

@@ -253,7 +253,7 @@ def steps_of(
     if config.epochs: return max(1, round(config.epochs * n_tokens / (config.batch_size * block_size)))
     return max(500, 3 * per_epoch)
 
-# %% ../nbs/05_training.ipynb #f289202c
+# %% ../nbs/05_training.ipynb #d2f7cfb5
 class ProgressBar:
     "A line that fills up: percent done, loss, held-out bits per character, speed."
     def start(self, config):
@@ -263,7 +263,7 @@ class ProgressBar:
     def log(self, record, step):
         if "progress" in record: self.bar.update(100 * record["progress"] - self.bar.n)
         if record["kind"] == "train":
-            self.shown |= {"step": step, "loss": f"{record['loss']:.3f}", "char/s": f"{record['tokens_per_s']:,.0f}"}
+            self.shown |= {"step": step, "loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:,.0f}"}
         elif record["kind"] == "eval": self.shown["held-out bits/char"] = f"{record['bits_per_char']:.3f}"
         elif "text" in record: self.bar.write(record["text"])
         self.bar.set_postfix(self.shown)
@@ -365,7 +365,7 @@ def run_lock(
             raise ValueError(f"{out} is in use by another training process: stop it, or choose another folder") from None
         yield
 
-# %% ../nbs/05_training.ipynb #fab828c3
+# %% ../nbs/05_training.ipynb #8bc7928f
 class Trainer:
     "One training run of `model` on `corpus`."
     def __init__(self,
@@ -393,6 +393,8 @@ class Trainer:
         self.steps = steps_of(config, len(corpus.train), self.block_size)
         self.step, self.before, self.clock = 0, 0., time.perf_counter()
         self.best_val_loss, self.best_step, self.history, self.signals = math.inf, None, [], []
+        sample = corpus.val[:10**6]                          # a token is a character, or with word pieces several
+        self.bits = len(sample) / len(corpus.tokenizer.decode(sample)) / math.log(2)  # bits per character, of a nat per token
 
 # %% ../nbs/05_training.ipynb #f85950b9
 @patch
@@ -440,7 +442,7 @@ def train_step(self: Trainer) -> tuple: # loss and gradient norm, tensors on the
     self.step += 1
     return total, norm
 
-# %% ../nbs/05_training.ipynb #91b59d9c
+# %% ../nbs/05_training.ipynb #05949ebc
 @patch
 def log(self: Trainer,
         kind: str, # 'train', 'eval', 'sample' or 'event'
@@ -464,11 +466,11 @@ def evaluate(self: Trainer) -> float: # nats per token
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at step {self.step}: lower the learning rate (lr={self.optimizer.param_groups[0]['peak']:g}) or use "
                          "dtype float32" + (f"; {self.out} still holds the checkpoints before" if self.out else ""))
-    self.log("eval", val_loss=loss, bits_per_char=loss / math.log(2))
+    self.log("eval", val_loss=loss, bits_per_char=loss * self.bits)
     if self.sample_fn and (text := self.sample_fn(self.model)): self.log("sample", text=text)
     return loss
 
-# %% ../nbs/05_training.ipynb #1c076694
+# %% ../nbs/05_training.ipynb #19d0efd5
 @patch
 def save(self: Trainer,
          val_loss: float | None = None): # held-out loss at this step, if just measured
@@ -476,7 +478,7 @@ def save(self: Trainer,
     if not self.out: return
     state = dict(step=self.step, seconds=self.seconds(), best_val_loss=self.best_val_loss, best_step=self.best_step,
                  steps=self.steps, corpus_sha256=self.corpus.sha256, scaler=self.scaler.state_dict())
-    facts = dict(val_loss=val_loss, corpus_sha256=self.corpus.sha256, train=asdict(self.config),
+    facts = dict(val_loss=val_loss, bits_per_char=val_loss and val_loss * self.bits, corpus_sha256=self.corpus.sha256, train=asdict(self.config),
                  precision=str(self.dtype).removeprefix("torch."))
     path = save_checkpoint(step_path(self.out, self.step), self.model, self.corpus.tokenizer, step=self.step,
                            best_val_loss=self.best_val_loss, facts=facts, overwrite=True,

@@ -129,3 +129,19 @@ def test_demo_says_how_it_compares(tmp_path, capsys, monkeypatch):
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, microjulia; sys.exit(bool({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_word_pieces_are_scored_by_the_character(text, tmp_path):
+    pytest.importorskip("tokenizers", reason="word pieces are learnt with the extra [family]")
+    m = microjulia.train(text, tmp_path / "bpe", tokenizer="bpe", vocab_size=270, arch="juliafluxgpt", size="small", steps=3,
+                         n_layer=1, n_embd=32, n_head=2, n_kv_head=1, block_size=32, device="cpu", progress=[])
+    sentence = "a friend is another self."
+    ids = m.tokenizer.encode(sentence)
+    score = m.score(sentence)
+    assert len(ids) < len(sentence) and score["characters"] == len(m.tokenizer.decode(ids[1:]))
+    assert score["nats_per_char"] * score["characters"] == pytest.approx(float(m.nats(sentence).sum()))
+    assert m.facts["facts"]["bits_per_char"] < m.facts["facts"]["val_loss"] / 0.6931
+    assert microjulia.load(tmp_path / "bpe", "cpu").tokenizer == m.tokenizer
+    with pytest.raises(ValueError, match="word pieces of its own"):
+        microjulia.train(text, tmp_path / "x", init_from=tmp_path / "bpe", alphabet="abc", device="cpu")
+    with pytest.raises(ValueError, match="known: chars, bpe"): microjulia.train(text, tmp_path / "x", tokenizer="words")
