@@ -334,7 +334,7 @@ values = {
     "u64": np.uint64(2**63), "symbol": jld2.Symbol("abc"), "bools": np.array([[True, False], [False, True]]), "cube": np.arange(24.).reshape(2, 3, 4),
     "none of three": np.zeros((0, 3), np.float32), "fortran": np.asfortranarray(np.arange(6.).reshape(2, 3)), "view": np.arange(20)[::3],
     "big": np.arange(5000.), "nested": {"a": {"b": (1, "x", None, ())}}, "dict": julia_dict({"lr": 0.1, "name": "x", "arr": np.arange(3)}),
-    "empty dict": julia_dict({}), "6 blocks": tuple({"a": dense, "b": dense} for _ in range(6)), "30 blocks": tuple({"a": dense, "i": i} for i in range(30)),
+    "empty dict": julia_dict({}), "dict in a struct": {"d": julia_dict({"a": 1}), "n": 2}, "6 blocks": tuple({"a": dense, "b": dense} for _ in range(6)), "30 blocks": tuple({"a": dense, "i": i} for i in range(30)),
     "large": {f"x{i}": (float(i), i) for i in range(100)}, "long numbers": tuple(float(i) for i in range(12)), "long texts": tuple("abcdefghijkl"),
     "float16": np.arange(4, dtype=np.float16), "name" * 80: 1, "big text": "ab" * 10_000}
 
@@ -746,3 +746,20 @@ def test_npz_holds_any_model(tmp_path):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8))
     with np.load(write_npz(tmp_path/"m.npz", model)) as f:
         assert f["_hp_n_head"] == 2 and np.array_equal(f["blocks.0.attn.qkv.weight"], model.blocks[0].attn.qkv.weight.detach().numpy())
+
+
+@pytest.mark.parametrize("L, blocks, layers", [(6, 6, 6), (7, 7, 7), (10, 7, 7), (11, 7, 7)])
+def test_what_is_inline_and_what_elsewhere_follows_julias_memory(L, blocks, layers):
+    "A block is 160 bytes in Julia, the limit 1,024; more than ten equal blocks become a Vector."
+    kind = lambda t, name: next(place[1].kind for n, place, _ in t.fields if n == name)
+    tree = gpt2_tree(L, C=4, T=4, nh=1)
+    back = from_bytes(encode_jld2({"m": tree}))["m"]
+    assert (kind(back.julia, "blocks"), kind(back["blocks"].julia, "layers")) == (blocks, layers)
+    assert list(back["blocks"]["layers"]) == [str(i + 1) for i in range(L)]
+
+
+def test_a_struct_of_small_numbers_is_measured_as_julia_aligns_it():
+    from microjulia.exchange.jld2_writer import _memory, julia_type
+    x = {"a": np.int8(1), "b": 2.0, "c": (np.float32(1), True), "d": (), "e": "text", "f": np.zeros(3)}
+    assert _memory(julia_type(x)) == (40, 8)   # 1 + 7 of padding, 8, 4 + 1 + 3 of padding, 0, 8, 8
+    assert _memory(julia_type({"a": True, "b": np.int16(1)})) == (4, 2) and _memory(julia_type(())) == (0, 1)

@@ -244,7 +244,7 @@ def _zero_ended(f, pos, most=1 << 12):
     if n < 0: f.fail("damaged: a name has no end")
     return _text(f, f.take(pos, n)), pos + n + 1
 
-# %% ../../nbs/exchange/20_jld2.ipynb #7c9f70cc
+# %% ../../nbs/exchange/20_jld2.ipynb #29f987c1
 class Symbol(str):
     "A Julia Symbol: a name."
 
@@ -257,6 +257,7 @@ class JuliaType:
     fields: tuple = field(default=(), compare=False, repr=False)        # (name, place or None, JuliaType or None)
     written: object = field(default=None, compare=False, repr=False)    # what it was turned into for the file
     empty: bool = field(default=False, compare=False, repr=False)       # a type without data, e.g. of `nothing`
+    memory: tuple = field(default=(), compare=False, repr=False)        # bytes and alignment in Julia, if worked out
 
     def __str__(self): return self.short + ("{" + ", ".join(map(str, self.params)) + "}" if self.params else "")
     @property

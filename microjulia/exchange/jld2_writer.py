@@ -46,7 +46,7 @@ def encode_h5(
     return head(len(h5.members)) + b"".join(name.encode() + b"\0" + offset.to_bytes(wide, "little") + encode_h5(member)
                                             for name, offset, member in h5.members)
 
-# %% ../../nbs/exchange/21_jld2_writer.ipynb #2384aaba
+# %% ../../nbs/exchange/21_jld2_writer.ipynb #788f9a73
 GHOST = H5Type(5, 1)
 
 DATATYPE = JuliaType("Core.DataType", h5=H5Type(
@@ -57,13 +57,15 @@ NOTHING = JuliaType("Core.Nothing", h5=GHOST, empty=True)
 
 def _memory(t):
     "Bytes of a value in Julia's memory, and what its address is a multiple of."
-    if t.empty: return 0, 1
-    if t.name in PLAIN and t.name != "Core.String": return PLAIN[t.name].size, PLAIN[t.name].size
-    if not t.fields or t.written: return 8, 8
+    if t.memory or t.empty: return t.memory or (0, 1)
+    if t.name in PLAIN and t.name != "Core.String": return (PLAIN[t.name].size,) * 2
+    if not t.fields or t.written: return 8, 8  # a pointer
+    return _packed([_memory(kind) if kind else (min(8, place[1].size),) * 2 for _, place, kind in t.fields])
+
+def _packed(parts):
+    "Bytes and alignment of a struct whose fields have these bytes and alignments."
     at, most = 0, 1
-    for _, place, kind in t.fields:
-        n, step = (0, 1) if place is None else _memory(kind) if kind else (min(8, place[1].size),) * 2
-        at, most = at + -at % step + n, max(most, step)
+    for n, step in parts: at, most = at + -at % step + n, max(most, step)
     return at + -at % most, most
 
 def _inlined(t):
@@ -77,26 +79,26 @@ def _laid_out(t, names, kinds):
         h5 = PLAIN.get(kind.name) or (kind.h5 if _inlined(kind) else REFERENCE)
         if kind.empty: fields.append((name, None, kind))
         else:
-            known = kind.h5 and kind.name not in PLAIN and (h5 is not REFERENCE or kind.written)
+            known = kind.h5 and kind.name not in PLAIN and (h5 is not REFERENCE or kind.h5.kind == 7)
             fields.append((name, (at, h5), kind if known else None))
             at += h5.size
     members = tuple((name, *place) for name, place, _ in fields if place)
     if not members: return replace(t, h5=GHOST, empty=True)
-    return replace(t, h5=H5Type(6, at, members=members), fields=tuple(fields))
+    return replace(t, h5=H5Type(6, at, members=members), fields=tuple(fields), memory=_packed(map(_memory, kinds)))
 
 def _named_only(t):
     "`t` as a parameter of another type: with its layout only if values of it are kept inline."
-    known = t.h5 and t.name not in PLAIN and (_inlined(t) or t.h5.kind == 7 and t.written)
+    known = t.h5 and t.name not in PLAIN and (_inlined(t) or t.h5.kind == 7)
     return t if known else JuliaType(t.name, t.params)
 
-# %% ../../nbs/exchange/21_jld2_writer.ipynb #183558d1
+# %% ../../nbs/exchange/21_jld2_writer.ipynb #a7524fe5
 def _tuple_type(kinds):
     "The type of a tuple, under the name JLD2 gives it."
     equal = len(set(kinds)) == 1
     params = tuple(map(_named_only, kinds))
     if equal and len(kinds) > 10:
         vector = JuliaType("Core.Array", (params[0], 1))
-        return JuliaType("Tuple", params, REFERENCE, written=vector)
+        return JuliaType("Tuple", params, REFERENCE, written=vector, memory=_packed(map(_memory, kinds)))
     if equal and len(kinds) == 2: t = JuliaType("NTuple", (2, params[0]))
     else: t = JuliaType("Tuple" if equal or not kinds else "Core.Tuple", params)
     return _laid_out(t, [str(i + 1) for i in range(len(kinds))], kinds)
