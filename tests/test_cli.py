@@ -16,7 +16,7 @@ from microjulia.cli import main
 SCRIPT = Path(sys.executable).with_name("microjulia" + (".exe" if os.name == "nt" else ""))
 TINY = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 32 --device cpu".split()
 TEXT = "The city is a ship, and the pilot must know the stars. Who knows them? He that has looked. " * 200
-VERBS = "demo", "train", "generate", "chat", "score", "info", "corpus"
+VERBS = "demo", "train", "generate", "chat", "score", "info", "convert", "corpus"
 
 
 def run(*argv, cwd=None, **kw):
@@ -73,6 +73,7 @@ BAD = [
     ("generate virtue --model m --frequency x", "unrecognized arguments"),
     ("chat --model nowhere", "nowhere"), ("score plato.txt", "microjulia train"), ("score nowhere.txt --model m", "nowhere.txt"),
     ("info", "info takes a folder"), ("info m --arch gpt2", "info takes a folder"), ("info --arch gpt2 --size huge", "huge"),
+    ("convert m m --to hf", "already there"), ("convert nowhere x", "nowhere"), ("convert plato.txt x", "plato.txt"),
     ("corpus shred plato.txt --out o", "shred"), ("corpus clean plato.txt", "--out"), ("corpus list nobody", "nobody"),
     ("corpus get --mirror https://www.gutenberg.org", "gutenberg.org"),
     ("corpus clean plato.txt --out m", "not empty"), ("corpus clean empty.txt --out o", "empty.txt"),
@@ -162,6 +163,16 @@ def test_info_of_a_run_and_of_a_size(desk):
     small = json.loads(run("info", "--arch", "gpt2", "--size", "small", "--vocab-size", 28, "--json").stdout)
     assert small["parameters"] == 418_048 == sum(s["parameters"] for s in small["shapes"])
     assert "418,048" in run("info", "--arch", "gpt2").stdout
+
+
+def test_convert_there_and_back(desk, tmp_path):
+    assert run("convert", desk / "m", tmp_path / "hf", "--to", "hf").returncode == 0
+    done = run("convert", tmp_path / "hf", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(run("info", tmp_path / "hf", "--json").stdout)["kind"] == "hf"
+    options = dict(seed=1, max_new_tokens=30)
+    assert microjulia.load(tmp_path / "back", "cpu").generate("the city", **options) == microjulia.load(desk / "m", "cpu").generate(
+        "the city", **options)
 
 
 def test_chat_reads_lines(desk):
