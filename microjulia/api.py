@@ -125,13 +125,14 @@ def check_out(
     if out.exists() and any(out.iterdir()) and not resume:
         raise ValueError(f"{out} is not empty: choose another --out, or go on with what is there by --resume")
 
-# %% ../nbs/40_api.ipynb #f0a9e5db
+# %% ../nbs/40_api.ipynb #ed973733
 def same_alphabet(
     ours, theirs, # tokenizers: of the model to start from, and as asked for
 ):
     "Raise, naming the characters, if two vocabularies differ."
     a, b = (set(getattr(t, "chars", ())) for t in (ours, theirs))
-    if not a and ours != theirs: raise ValueError("the model to start from has word pieces of its own: leave the alphabet out")
+    if not a and ours != theirs:
+        raise ValueError("the model to start from has word pieces of its own: leave the alphabet out")
     parts = [f"{'lacks' if sign else 'has'} {''.join(sorted(d))!r}" for sign, d in ((1, b - a), (0, a - b)) if d]
     if parts: raise ValueError(f"the model to start from {' and '.join(parts)} compared with the alphabet asked for: "
                                "leave the alphabet out to use the model's own")
@@ -236,7 +237,7 @@ def generate(
     "Continue `prompt` with a saved model."
     return load(model).generate(prompt, **options)
 
-# %% ../nbs/40_api.ipynb #c25b4c8e
+# %% ../nbs/40_api.ipynb #e26d2682
 DEMO = dict(size="small", dropout=.1, seed=1)
 
 def demo(
@@ -265,8 +266,8 @@ def compare(
     corpus: Corpus, # a text with its held-out part
 ):
     "Print the held-out bits per character of `model`, of a bigram and of a 5-gram."
-    bits = {f"{n}-gram" if n > 2 else "bigram": NgramModel(n, corpus.tokenizer.vocab_size).fit(corpus.train).bits_per_char(corpus.val)
-            for n in (2, 5)}
+    counted = {name: NgramModel(order, corpus.tokenizer.vocab_size) for name, order in (("bigram", 2), ("5-gram", 5))}
+    bits = {name: ngrams.fit(corpus.train).bits_per_char(corpus.val) for name, ngrams in counted.items()}
     bits["this model"] = float(token_nats(model.model, corpus.val).mean()) / math.log(2)
     print("\nHeld-out text, bits per character (lower is better):")
     for name, b in bits.items(): print(f"  {name:12}{b:.3f}")

@@ -196,11 +196,11 @@ class TrainConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known: use one of {', '.join(known)}")
 
-# %% ../nbs/05_training.ipynb #15a18826
+# %% ../nbs/05_training.ipynb #73a0d77e
 RECIPES = { # name -> what it changes in the training and in the model
     "default": dict(train={}, model={}),
-    "card": dict(train=dict(max_minutes=None, optimizer="adam", schedule="cosine", lr=3e-4, min_lr=1e-5, beta2=.999, weight_decay=0., grad_clip=0.,
-                            dtype="float32"),
+    "card": dict(train=dict(max_minutes=None, optimizer="adam", schedule="cosine", lr=3e-4, min_lr=1e-5,
+                            beta2=.999, weight_decay=0., grad_clip=0., dtype="float32"),
                  model=dict(dropout=.1, init="flux", norm_eps=1e-10)),
 }
 
@@ -442,7 +442,7 @@ def train_step(self: Trainer) -> tuple: # loss and gradient norm, tensors on the
     self.step += 1
     return total, norm
 
-# %% ../nbs/05_training.ipynb #05949ebc
+# %% ../nbs/05_training.ipynb #dd9c1637
 @patch
 def log(self: Trainer,
         kind: str, # 'train', 'eval', 'sample' or 'event'
@@ -464,13 +464,14 @@ def evaluate(self: Trainer) -> float: # nats per token
     loss = evaluate(self.model, self.corpus.val, self.block_size, c.eval_windows, c.batch_size, self.device, self.dtype,
                     check=self.leave_if_asked)
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {self.step}: lower the learning rate (lr={self.optimizer.param_groups[0]['peak']:g}) or use "
-                         "dtype float32" + (f"; {self.out} still holds the checkpoints before" if self.out else ""))
+        kept = f"; {self.out} still holds the checkpoints before" if self.out else ""
+        raise ValueError(f"the loss is {loss} at step {self.step}: lower the learning rate, whose peak is "
+                         f"{self.optimizer.param_groups[0]['peak']:g}, or use dtype float32" + kept)
     self.log("eval", val_loss=loss, bits_per_char=loss * self.bits)
     if self.sample_fn and (text := self.sample_fn(self.model)): self.log("sample", text=text)
     return loss
 
-# %% ../nbs/05_training.ipynb #19d0efd5
+# %% ../nbs/05_training.ipynb #6e41da44
 @patch
 def save(self: Trainer,
          val_loss: float | None = None): # held-out loss at this step, if just measured
@@ -478,7 +479,8 @@ def save(self: Trainer,
     if not self.out: return
     state = dict(step=self.step, seconds=self.seconds(), best_val_loss=self.best_val_loss, best_step=self.best_step,
                  steps=self.steps, corpus_sha256=self.corpus.sha256, scaler=self.scaler.state_dict())
-    facts = dict(val_loss=val_loss, bits_per_char=val_loss and val_loss * self.bits, corpus_sha256=self.corpus.sha256, train=asdict(self.config),
+    facts = dict(val_loss=val_loss, bits_per_char=val_loss and val_loss * self.bits,
+                 corpus_sha256=self.corpus.sha256, train=asdict(self.config),
                  precision=str(self.dtype).removeprefix("torch."))
     path = save_checkpoint(step_path(self.out, self.step), self.model, self.corpus.tokenizer, step=self.step,
                            best_val_loss=self.best_val_loss, facts=facts, overwrite=True,

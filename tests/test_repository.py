@@ -128,14 +128,14 @@ def test_import_brings_no_torch():
 
 def declared():
     "The top-level names of our requirements, and of theirs."
-    seen, todo = set(), [Requirement(r).name for r in CFG['requirements'].split()]
-    while todo:
-        name = canonicalize_name(todo.pop())
+    seen, queue = set(), [Requirement(r).name for r in CFG['requirements'].split()]
+    while queue:
+        name = canonicalize_name(queue.pop())
         if name in seen: continue
         try: needs = metadata.requires(name) or []
         except metadata.PackageNotFoundError: continue
         seen.add(name)
-        todo += [r.name for r in map(Requirement, needs) if not r.marker or r.marker.evaluate({'extra': ''})]
+        queue += [r.name for r in map(Requirement, needs) if not r.marker or r.marker.evaluate({'extra': ''})]
     return sorted({top for top, dists in metadata.packages_distributions().items()
                    if seen & {canonicalize_name(d) for d in dists}})
 

@@ -208,7 +208,7 @@ class Mirror:
             raise ConnectionError(f"{self.host} sends web pages, no books")
         raise ValueError(f"{self.host}: {why[-1] if why else 'no such file'}")
 
-# %% ../../nbs/exchange/22_catalogue.ipynb #b09b0b41
+# %% ../../nbs/exchange/22_catalogue.ipynb #f8b1856d
 def book_folder() -> Path:
     "Where books are kept when no folder is named."
     return Path.home() / ".cache" / "microjulia" / "books"
@@ -223,13 +223,13 @@ def fetch_books(
     "Bring books to a folder; those that are there already are not asked for again."
     books, folder = find_books(books), Path(folder).expanduser() if folder else book_folder()
     paths = {b.name: folder / b.file for b in books}
-    todo = [b for b in books if not paths[b.name].exists()]
-    if len(todo) > MOST_BOOKS:
-        raise ValueError(f"{len(todo)} books in one call: mirrors ask for at most {MOST_BOOKS} a day, so name fewer")
-    mirrors = _mirrors(mirror, pause) if todo else []
+    wanted = [b for b in books if not paths[b.name].exists()]
+    if len(wanted) > MOST_BOOKS:
+        raise ValueError(f"{len(wanted)} books in one call: mirrors ask for at most {MOST_BOOKS} a day, so name fewer")
+    mirrors = _mirrors(mirror, pause) if wanted else []
     folder.mkdir(parents=True, exist_ok=True)
-    why = _fetch_all(todo, folder, mirrors, say or (lambda line: None))
-    missing = [b for b in todo if not paths[b.name].exists()]
+    why = _fetch_all(wanted, folder, mirrors, say or (lambda line: None))
+    missing = [b for b in wanted if not paths[b.name].exists()]
     if not missing: return list(paths.values())
     raise DownloadError(_missing_line(missing, len(books), why), missing, [p for p in paths.values() if p.exists()])
 
@@ -238,19 +238,19 @@ def _mirrors(mirror, pause):
     if isinstance(mirror, Mirror): return [mirror]
     return [Mirror(base, pause) for base in ([mirror] if mirror else MIRRORS)]
 
-def _fetch_all(todo, folder, mirrors, say):
+def _fetch_all(wanted, folder, mirrors, say):
     "Ask for each book; a mirror of no use is not asked again. What went wrong, last first."
     why = []
-    for i, book in enumerate(todo, 1):
+    for i, book in enumerate(wanted, 1):
         for mirror in list(mirrors):
             try: data, note = mirror.book(book)
             except (ConnectionError, ValueError) as e:
                 if isinstance(e, ConnectionError): mirrors.remove(mirror)
                 why.insert(0, str(e))
-                say(f"{i}/{len(todo)} {book.name}: {e}")
+                say(f"{i}/{len(wanted)} {book.name}: {e}")
             else:
                 _write(folder / book.file, data)
-                say(f"{i}/{len(todo)} {book.name}: {book.characters:,} characters, {note}")
+                say(f"{i}/{len(wanted)} {book.name}: {book.characters:,} characters, {note}")
                 break
     return why
 

@@ -37,7 +37,7 @@ def hidden_matrices(
     return {f"blocks.{name}": FUSED.get(name.split(".")[-2], 1)
             for name, p in model.blocks.named_parameters() if p.dim() == 2}
 
-# %% ../../nbs/scaling/50_fast.ipynb #99d6e1d1
+# %% ../../nbs/scaling/50_fast.ipynb #963bca8b
 class MuonAdamW(torch.optim.AdamW):
     "Muon for groups marked `muon`, AdamW for the others."
     def __init__(self,
@@ -67,7 +67,7 @@ class MuonAdamW(torch.optim.AdamW):
             grads = [p.grad for p in params]
             torch._foreach_lerp_(averages, grads, 1 - self.momentum)
             torch._foreach_lerp_(grads, averages, self.momentum)            # Nesterov's look ahead
-            parts, (rows, cols) = group["parts"], (shape[0] // group["parts"], shape[1])
+            rows, cols = shape[0] // group["parts"], shape[1]
             update = orthogonalize(torch.stack(grads).view(-1, rows, cols), dtype=self.dtype).view(-1, *shape)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update), alpha=-group["lr"] * max(1, rows / cols) ** .5)
