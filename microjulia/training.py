@@ -101,7 +101,7 @@ def lr_at(
     fall = (1 + math.cos(math.pi * p)) / 2 if schedule == "cosine" else 1 - p
     return min(1., (step + 1) / max(1, warmup_iters)) * (min_lr + fall * (lr - min_lr))
 
-# %% ../nbs/05_training.ipynb #262f6354
+# %% ../nbs/05_training.ipynb #4bfea8bf
 def adamw_groups(
     params, # parameters of any shape
     peak: float, # learning rate at the top of the schedule
@@ -133,7 +133,9 @@ def make_optimizer(
     if isinstance(make, str):
         module, name = make.split(":")
         make = getattr(import_module(module), name)
-    return make(model, config)
+    optimizer = make(model, config)
+    optimizer._step_supports_amp_scaling = False  # else fused ones judge an overflow by themselves, and not all do
+    return optimizer
 
 # %% ../nbs/05_training.ipynb #e714869d
 def optimizer_tensors(

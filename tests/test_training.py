@@ -68,6 +68,18 @@ def test_every_parameter_is_in_one_group_and_moves(corpus, name):
     assert all(p.grad is None for p in t.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw", "adam"])
+def test_an_overflow_of_float16_changes_nothing(corpus, name):
+    t = Trainer(model(0.), corpus, TrainConfig(steps=3, optimizer=name, dtype="float32", warmup_iters=0))
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.**16)
+    t.train_step()
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    t.train_step()                                       # the scaled gradients are infinite
+    for n, p in t.model.named_parameters(): assert torch.equal(p, before[n]), n
+    assert t.scaler.get_scale() < 3e38 and all(p.grad is None for p in t.model.parameters())
+
+
 def test_twice_resumed_is_equal(corpus, tmp_path):
     config = TrainConfig(steps=15, dtype="float32", log_interval=1)
     whole = train(model(), corpus, config)
