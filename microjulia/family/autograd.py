@@ -7,7 +7,7 @@ __all__ = ['numeric_grad', 'Value', 'as_value', 'ancestry', 'Array', 'fit', 'as_
            'start_weights', 'dense', 'attention', 'micro_gpt', 'JuliaGPTConfig', 'ReLUFeedForward', 'plain_rms',
            'JuliaGPTBlock', 'JuliaGPT', 'engine_tensors', 'to_engine', 'from_engine', 'Adam']
 
-# %% ../../nbs/family/15_autograd.ipynb #498f1d35
+# %% ../../nbs/family/15_autograd.ipynb #7197eced
 import math
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from ..attention import CausalSelfAttention, KVCache
-from ..gpt import Config, FeedForward, init_weights, positions
+from ..gpt import GPT, Config, FeedForward, init_weights, positions
 
 # %% ../../nbs/family/15_autograd.ipynb #6b1aa6f5
 def numeric_grad(
@@ -352,7 +352,7 @@ class JuliaGPTBlock(nn.Module):
         x = x + self.attn(plain_rms(x), cache, start)
         return x + self.ffwd(plain_rms(x))
 
-# %% ../../nbs/family/15_autograd.ipynb #e3caab69
+# %% ../../nbs/family/15_autograd.ipynb #ce6f39f1
 class JuliaGPT(nn.Module):
     "The microGPT of micro-julia and JuliaGPT: ids in, a logit for each entry of the vocabulary out."
     arch, config_class, observe = "juliagpt", JuliaGPTConfig, None
@@ -390,17 +390,7 @@ class JuliaGPT(nn.Module):
         if cache is not None: cache.advance(ids.size(1))
         return self.lm_head(x)                                                       # (B, T, V)
 
-    def new_cache(self,
-        batch_size: int = 1, # rows `B`
-    ) -> KVCache:
-        "An empty key/value cache that fits this model, where the model is."
-        c, w = self.config, self.wte.weight
-        return KVCache(c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head,
-                       w.device, w.dtype)
-
-    def num_params(self) -> int: # numbers that training changes
-        "How many parameters the model has."
-        return sum(p.numel() for p in self.parameters())
+    new_cache, num_params = GPT.new_cache, GPT.num_params
 
 # %% ../../nbs/family/15_autograd.ipynb #46d2a30a
 def engine_tensors(
