@@ -88,7 +88,7 @@ def expect_close(
         where = f" at {list(at)}" if at else ""
         raise NotYet(f"{what}{where} is {got[at]:.6g}, and {want[at]:.6g} was to come.")
 
-# %% ../nbs/09_check.ipynb #33263ea1
+# %% ../nbs/09_check.ipynb #9a4b27b5
 @check
 def decode(answer):  # a function of `ids, alphabet`
     "Ids back to text."
@@ -112,14 +112,17 @@ def unigram_bits(answer):  # a function of `text`
     "The entropy of the characters of a text, bits."
     for text, want in (("abababab", 1.), ("aaaa", 0.), ("abcd", 2.), ("aaab", .811278)):
         got = ask(answer, text)
-        hint = " That is in nats: use log2." if want and math.isclose(got, want * math.log(2), rel_tol=1e-3) else ""
-        hint = " A surprise is minus the logarithm." if want and math.isclose(got, -want, rel_tol=1e-3) else hint
-        expect(math.isclose(got, want, abs_tol=1e-4), f"{text!r} holds {want:.3f} bits a character, and you have {got:.3f}.{hint}")
+        like = lambda other: want and math.isclose(got, other, rel_tol=1e-3)
+        hint = " That is in nats: use log2." if like(want * math.log(2)) else ""
+        if like(-want): hint = " A surprise is minus the logarithm."
+        expect(math.isclose(got, want, abs_tol=1e-4),
+               f"{text!r} holds {want:.3f} bits a character, and you have {got:.3f}.{hint}")
     return "English letters hold about 4.1 bits; what a model saves below that, it has learnt from what stands before."
 
-# %% ../nbs/09_check.ipynb #1ac67ba5
+# %% ../nbs/09_check.ipynb #c50d1de9
 _BOOK = ("The Project Gutenberg eBook of Crito\n\n*** START OF THE PROJECT GUTENBERG EBOOK CRITO ***\n"
-         "Why have you come at this hour, Crito?\nIt must be early.\n*** END OF THE PROJECT GUTENBERG EBOOK CRITO ***\nLicence")
+         "Why have you come at this hour, Crito?\nIt must be early.\n"
+         "*** END OF THE PROJECT GUTENBERG EBOOK CRITO ***\nLicence")
 
 @check
 def strip_licence(answer):  # a function of `text`
@@ -139,7 +142,8 @@ def split_tails(answer):  # a function of `works`
     train, val = ask(answer, works)
     train, val = "".join(train), "".join(val)
     expect(len(train) + len(val) == 150, f"150 characters went in, {len(train)} + {len(val)} came out.")
-    expect(not set(val) - set("bd"), f"held out is the last tenth of EACH work; you hold out {show(Counter(val).most_common())}.")
+    expect(not set(val) - set("bd"),
+           f"held out is the last tenth of EACH work; you hold out {show(Counter(val).most_common())}.")
     expect(val == "b" * 10 + "d" * 5, f"ten b and five d were to be held out, and you have {show(val)}.")
     return "every author is heard in both parts, and no held-out sentence was read before."
 
@@ -169,7 +173,7 @@ def bigram_bits(answer):  # a function of `train, val, vocab_size`
            "a pair that was never seen has probability 0 and costs infinitely many bits: add one to every count.")
     return "count, add one, divide: whatever a network learns has to be better than this."
 
-# %% ../nbs/09_check.ipynb #ccc14e3c
+# %% ../nbs/09_check.ipynb #ebdb79ad
 @check
 def causal_softmax(answer):  # a function of `scores`, `(T, T)`
     "Scores to weights that never look ahead."
@@ -179,7 +183,8 @@ def causal_softmax(answer):  # a function of `scores`, `(T, T)`
     got = ask(answer, scores.clone())
     expect(got.shape == (6, 6), f"the weights of six positions are (6, 6), not {tuple(got.shape)}.")
     ahead = got.triu(1).abs().max().item()
-    expect(ahead == 0, f"a position looks ahead with weight {ahead:.3f}: add minus infinity above the diagonal BEFORE softmax.")
+    expect(ahead == 0, f"a position looks ahead with weight {ahead:.3f}: "
+           "add minus infinity above the diagonal BEFORE softmax.")
     expect_close(got.sum(-1), torch.ones(6), "the sum of a row's weights")
     other = scores + 5 * torch.ones(6, 6).triu(1)
     expect(torch.equal(ask(answer, other), got), "changing scores of the future changed the weights of the past.")
@@ -195,7 +200,8 @@ def merge_heads(answer):  # a function of `y`, `(B, nh, T, hs)`
     y = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
     want = torch.cat([y[:, h] for h in range(3)], dim=-1)
     got = ask(answer, y)
-    expect(not torch.equal(got, y.reshape(2, 4, 15)), "the shape is right, but the numbers of different positions are mixed: "
+    expect(not torch.equal(got, y.reshape(2, 4, 15)),
+           "the shape is right, but the numbers of different positions are mixed: "
            "bring the head axis behind the positions before you join.")
     expect_close(got, want, "y")
     return "transpose first, then reshape."
@@ -211,7 +217,8 @@ def window_mask(answer):  # a function of `T, w`
         expect(bool((sees | (got == -math.inf)).all()), "an additive mask holds 0 and minus infinity, nothing else.")
         expect(not sees.triu(1).any(), f"with T={T} a position sees one that comes after it.")
         expect(torch.equal(sees, (i[:, None] >= i) & (i[:, None] - i < w)),
-               f"with T={T}, w={w} the rows see {sees.sum(1).tolist()} positions, and {[min(t + 1, w) for t in range(T)]} were to be seen.")
+               f"with T={T}, w={w} the rows see {sees.sum(1).tolist()} positions, "
+               f"and {[min(t + 1, w) for t in range(T)]} were to be seen.")
     return "the cost no longer grows with the square of the length."
 
 @check
@@ -223,11 +230,12 @@ def one_step(answer):  # a function of `q (hs,)`, `K (S, hs)`, `V (S, hs)`
     want = torch.nn.functional.scaled_dot_product_attention(q, K, V, is_causal=True)[-1]
     got = ask(answer, q[-1], K, V)
     bare = (K @ q[-1]).softmax(0) @ V
-    expect(got.shape != bare.shape or not torch.allclose(got, bare, atol=1e-5), "divide the scores by the square root of hs.")
+    expect(got.shape != bare.shape or not torch.allclose(got, bare, atol=1e-5),
+           "divide the scores by the square root of hs.")
     expect_close(got, want, "the answer")
     return "no mask is needed: who comes last may see all."
 
-# %% ../nbs/09_check.ipynb #f1793f88
+# %% ../nbs/09_check.ipynb #bc8c9815
 @check
 def count_params(answer):  # a function of `vocab_size, n_embd, block_size, n_layer`
     "The number of weights, by formula."
@@ -235,8 +243,9 @@ def count_params(answer):  # a function of `vocab_size, n_embd, block_size, n_la
     for V, C, T, L in ((28, 8, 16, 1), (28, 8, 16, 3), (50, 12, 20, 2), (28, 128, 128, 2)):
         want = GPT(GPTConfig(vocab_size=V, n_embd=C, block_size=T, n_layer=L, n_head=2)).num_params()
         got = ask(answer, V, C, T, L)
-        parts = {V * C: "one of the two tables of V by C", T * C: "the positions", 2 * C: "one LayerNorm", 4 * C * L: "the blocks' LayerNorms",
-                 (4 * L + 2) * C: "all the LayerNorms", 12 * C * C * L: "the blocks' matrices"}
+        parts = {V * C: "one of the two tables of V by C", T * C: "the positions", 2 * C: "one LayerNorm",
+                 4 * C * L: "the blocks' LayerNorms", (4 * L + 2) * C: "all the LayerNorms",
+                 12 * C * C * L: "the blocks' matrices"}
         off = parts.get(abs(want - got), f"{abs(want - got):,}")
         expect(got == want, f"with V={V}, C={C}, T={T}, L={L} the model has {want:,} weights and you count {got:,}; "
                             f"the difference is {off}.")
@@ -273,11 +282,12 @@ def cross_entropy(answer):  # a function of `logits (N, V)`, `targets (N,)`
     expect_close(ask(answer, torch.zeros(6, 28), targets), math.log(28), "the loss of equal logits")
     expect_close(ask(answer, logits, targets), torch.nn.functional.cross_entropy(logits, targets), "the loss")
     large = float(ask(answer, 1000 * logits, targets))
-    expect(math.isfinite(large), f"with logits near 1000 the loss is {large}: e to the 1000 overflows. Subtract the largest first, or use logsumexp.")
+    expect(math.isfinite(large), f"with logits near 1000 the loss is {large}: e to the 1000 overflows. "
+           "Subtract the largest first, or use logsumexp.")
     expect_close(large, torch.nn.functional.cross_entropy(1000 * logits, targets), "the loss of large logits")
     return "minus the log-probability of what came, on average; ln 28 = 3.33 for who knows nothing."
 
-# %% ../nbs/09_check.ipynb #8d9d5fd3
+# %% ../nbs/09_check.ipynb #7836c869
 @check
 def manifest(answer):  # a function of `folder`
     "The size and SHA-256 of each file of a folder, by name."
@@ -285,10 +295,12 @@ def manifest(answer):  # a function of `folder`
         files = {"a.txt": b"virtue", "b.bin": bytes(range(256)), "empty": b""}
         for name, data in files.items(): (Path(folder) / name).write_bytes(data)
         got = ask(answer, folder)
-        expect({Path(k).name for k in got} == set(files), f"three files lie there, and you name {sorted(map(str, got))}.")
+        expect({Path(k).name for k in got} == set(files),
+               f"three files lie there, and you name {sorted(map(str, got))}.")
         for name, data in files.items():
             want = (len(data), hashlib.sha256(data).hexdigest())
-            expect(tuple(got.get(name, ())) == want, f"{name} has size and sum {show(want)}, and you have {show(got.get(name))}.")
+            expect(tuple(got.get(name, ())) == want,
+                   f"{name} has size and sum {show(want)}, and you have {show(got.get(name))}.")
         (Path(folder) / "b.bin").write_bytes(bytes([255, *range(1, 256)]))
         expect(ask(answer, folder) != got, "one byte was changed and the manifest is the same.")
     return "one flipped bit changes the sum; the size alone would not have told."
@@ -308,8 +320,8 @@ def write_atomically(answer):  # a function of `path, data`
              mock.patch.object(Path, "replace", broken), mock.patch.object(Path, "rename", broken):
             try: answer(path, b"newer" * 500)
             except OSError: pass
-        expect(path.read_bytes() == b"new" * 2000, "the power went before the new file was in place, and the old one is gone: "
-               "write beside it under another name, then os.replace.")
+        expect(path.read_bytes() == b"new" * 2000, "the power went before the new file was in place, "
+               "and the old one is gone: write beside it under another name, then os.replace.")
     return "at every moment one whole file bears the name."
 
 @check
@@ -326,14 +338,15 @@ def newest_whole(answer):  # a function of `found`, names to whether each is who
     expect(got is None, f"where none is whole, None was to come, and {show(got)} came.")
     return "a folder that is not whole is as good as none."
 
-# %% ../nbs/09_check.ipynb #cd2deb47
+# %% ../nbs/09_check.ipynb #6e19d677
 @check
 def schedule(answer):  # a function of `step, steps, warmup, peak`
     "A linear rise to the peak, then a straight line to zero."
     at = lambda step: float(ask(answer, step, 100, 10, 0.02))
     expect(at(0) > 0, "the first step has rate 0: it teaches nothing. Count steps from 1: (step + 1) / warmup.")
     for step, want in ((0, .002), (4, .01), (9, .02), (55, .01), (100, 0.)):
-        expect(math.isclose(at(step), want, abs_tol=1e-9), f"at step {step} of 100 the rate is {want:g}, and you have {at(step):g}.")
+        expect(math.isclose(at(step), want, abs_tol=1e-9),
+               f"at step {step} of 100 the rate is {want:g}, and you have {at(step):g}.")
     return "slowly up while the averages of the optimiser fill, then down until nothing moves."
 
 def _tiny(seed=0):
@@ -373,7 +386,8 @@ def accumulate(answer):  # a function of `model, x, y, pieces`, which leaves the
     got, want = model.lm_head.weight.grad, whole.lm_head.weight.grad
     expect(got is not None, "there are no gradients: call backward() on each piece.")
     ratio = (got.norm() / want.norm()).item()
-    expect(not math.isclose(ratio, 4, rel_tol=1e-3), "four times too large: backward() adds up, so divide each piece's loss by their number.")
+    expect(not math.isclose(ratio, 4, rel_tol=1e-3),
+           "four times too large: backward() adds up, so divide each piece's loss by their number.")
     for (name, p), q in zip(model.named_parameters(), whole.parameters()):
         expect_close(p.grad, q.grad, f"the gradient of {name}")
     return "the mean of the pieces' means: memory for two rows, the step of eight."
@@ -385,13 +399,16 @@ def clip(answer):  # a function of `grads`, a list of tensors changed in place, 
     for limit, want in ((1., 1.), (100., 5.)):
         grads = [torch.tensor([3., 0.]), torch.tensor([[0.], [4.]])]
         norm = float(ask(answer, grads, limit))
-        expect(math.isclose(norm, 5, rel_tol=1e-4), f"the norm of (3, 0, 0, 4) before clipping is 5, and you have {norm:.3f}.")
+        expect(math.isclose(norm, 5, rel_tol=1e-4),
+               f"the norm of (3, 0, 0, 4) before clipping is 5, and you have {norm:.3f}.")
         after = sum(float((g ** 2).sum()) for g in grads) ** .5
-        expect(math.isclose(after, want, rel_tol=1e-4), f"with limit {limit:g} the norm afterwards is {want:g}, and you have {after:.3f}.")
-        expect(math.isclose(grads[0][0] * 4, grads[1][1] * 3, rel_tol=1e-4), "the direction changed: all gradients have one common factor.")
+        expect(math.isclose(after, want, rel_tol=1e-4),
+               f"with limit {limit:g} the norm afterwards is {want:g}, and you have {after:.3f}.")
+        expect(math.isclose(grads[0][0] * 4, grads[1][1] * 3, rel_tol=1e-4),
+               "the direction changed: all gradients have one common factor.")
     return "shorter, in the same direction, and only when too long."
 
-# %% ../nbs/09_check.ipynb #2a550ba7
+# %% ../nbs/09_check.ipynb #e34971f6
 @check
 def top_p(answer):  # a function of `probs (V,)`, `p`
     "The smallest set of likeliest tokens that reaches `p`, as a distribution."
@@ -399,8 +416,10 @@ def top_p(answer):  # a function of `probs (V,)`, `p`
     for p, keep in ((.5, [1]), (.6, [1, 3]), (.9, [1, 3, 0]), (.2, [1]), (1., range(5))):
         want = np.where(np.isin(np.arange(5), list(keep)), probs, 0)
         got = np.asarray(ask(answer, probs.copy(), p), dtype=float)
-        expect(got.shape == (5,), f"five probabilities were to come, not shape {got.shape}: cut tokens stay, with probability 0.")
-        expect(set(np.flatnonzero(got)) == set(keep), f"with p={p} the tokens {sorted(map(int, keep))} stay, and you keep "
+        expect(got.shape == (5,),
+               f"five probabilities were to come, not shape {got.shape}: cut tokens stay, with probability 0.")
+        expect(set(np.flatnonzero(got)) == set(keep),
+               f"with p={p} the tokens {sorted(map(int, keep))} stay, and you keep "
                f"{np.flatnonzero(got).tolist()}: the token that reaches p is kept, none after it.")
         expect_close(got, want / want.sum(), f"with p={p} the probability")
     return "a sure model keeps one token, an unsure one many."
@@ -426,47 +445,56 @@ def temperature_for(answer):  # a function of `logits (V,)`, `bits`
     for bits in (.5, 1., 2., 2.5):
         t = float(ask(answer, logits, bits))
         expect(t > 0 and math.isfinite(t), f"a temperature is above 0, and you have {t}.")
-        expect(abs(entropy(t) - bits) < .01, f"at your temperature {t:.3f} the choice holds {entropy(t):.2f} bits, and {bits} were asked.")
+        expect(abs(entropy(t) - bits) < .01,
+               f"at your temperature {t:.3f} the choice holds {entropy(t):.2f} bits, and {bits} were asked.")
     return "entropy rises with temperature, so halving an interval finds it."
 
 @check
 def hold_back(answer):  # a function of `text, stop`; gives back `(safe, held)`
     "What may be shown while a stop string could still be coming."
-    for text, stop, want in (("hello", "\n\n", ("hello", "")), ("hello\n", "\n\n", ("hello", "\n")), ("the en", "end", ("the ", "en")),
-                             ("aab", "aabc", ("", "aab")), ("abab", "abc", ("ab", "ab"))):
+    for text, stop, want in (("hello", "\n\n", ("hello", "")), ("hello\n", "\n\n", ("hello", "\n")),
+                             ("the en", "end", ("the ", "en")), ("aab", "aabc", ("", "aab")),
+                             ("abab", "abc", ("ab", "ab"))):
         got = tuple(ask(answer, text, stop))
         expect("".join(got) == text, f"{text!r} was to be cut in two, and you have {got}.")
-        expect(not want[1] or got[1], f"{text!r} may still become {stop!r}, and you show all of it: the user would see half a stop string.")
-        expect(got == want, f"of {text!r} with stop {stop!r}, {want} was to come, and you have {got}: hold no more than you must.")
+        expect(not want[1] or got[1], f"{text!r} may still become {stop!r}, and you show all of it: "
+               "the user would see half a stop string.")
+        expect(got == want,
+               f"of {text!r} with stop {stop!r}, {want} was to come, and you have {got}: hold no more than you must.")
     return "only what can still become the stop string waits."
 
-# %% ../nbs/09_check.ipynb #858ef582
+# %% ../nbs/09_check.ipynb #4f4f6a2a
 def _chunk(delta, finish=None):
-    return dict(id="c-1", object="chat.completion.chunk", created=1, model="m", choices=[dict(index=0, delta=delta, finish_reason=finish)])
+    choice = dict(index=0, delta=delta, finish_reason=finish)
+    return dict(id="c-1", object="chat.completion.chunk", created=1, model="m", choices=[choice])
 
-_CHUNKS = [_chunk({"role": "assistant", "content": ""}), _chunk({"content": "kn"}), _chunk({"content": "ow: \n"}), _chunk({"content": "thyself"}),
-           _chunk({}, "stop")]
+_CHUNKS = [_chunk({"role": "assistant", "content": ""}), _chunk({"content": "kn"}), _chunk({"content": "ow: \n"}),
+           _chunk({"content": "thyself"}), _chunk({}, "stop")]
 
 @check
 def read_stream(answer):  # a function of `lines`, those of a server-sent stream
     "The text of a stream of chunks."
-    lines = [": keep-alive", ""] + [line for c in _CHUNKS for line in (f"data: {json.dumps(c)}", "")] + ["data: [DONE]", ""]
+    sent = [f"data: {json.dumps(c)}" for c in _CHUNKS] + ["data: [DONE]"]
+    lines = [": keep-alive", ""] + [line for s in sent for line in (s, "")]
     got = ask(answer, lines)
     expect(got == "know: \nthyself", f"the stream says {'know: ' + chr(10) + 'thyself'!r}, and you read {got!r}.")
     usage = "data: " + json.dumps(dict(_chunk({}), choices=[], usage=dict(total_tokens=3)))
-    expect(ask(answer, lines[:-2] + [usage, "", "data: [DONE]"]) == got, "a last chunk may come with usage and no choices at all.")
+    expect(ask(answer, lines[:-2] + [usage, "", "data: [DONE]"]) == got,
+           "a last chunk may come with usage and no choices at all.")
     return "comments, the role, the end and the usage carry no text."
 
 @check
 def make_chunks(answer):  # a function of `text`
     "A text as chat chunks: the role first, a character each, the reason for the end last."
     chunks = list(ask(answer, "so"))
-    expect(all(c.get("object") == "chat.completion.chunk" for c in chunks), "each is an object 'chat.completion.chunk'.")
+    expect(all(c.get("object") == "chat.completion.chunk" for c in chunks),
+           "each is an object 'chat.completion.chunk'.")
     expect(len({c.get("id") for c in chunks}) == 1, "all chunks of one answer bear the same id.")
     deltas = [c["choices"][0]["delta"] for c in chunks]
     reasons = [c["choices"][0].get("finish_reason") for c in chunks]
     expect(deltas[0].get("role") == "assistant", f"the first delta names the role, and yours is {deltas[0]}.")
-    expect([d.get("content") for d in deltas[1:-1]] == ["s", "o"], f"then a chunk a character: you have {deltas[1:-1]}.")
+    expect([d.get("content") for d in deltas[1:-1]] == ["s", "o"],
+           f"then a chunk a character: you have {deltas[1:-1]}.")
     expect(reasons[:-1] == [None] * (len(chunks) - 1) and reasons[-1] in ("stop", "length"),
            f"only the last has a finish_reason, stop or length: you have {reasons}.")
     expect(not deltas[-1].get("content"), "the last delta is empty.")
@@ -477,10 +505,13 @@ def whole_answer(answer):  # a function of `chunks`
     "The one object that an answer without streaming would have been."
     got = ask(answer, copy.deepcopy(_CHUNKS))
     expect(got.get("object") == "chat.completion", f"the object is a 'chat.completion', not {got.get('object')!r}.")
-    expect(all(got.get(k) == _CHUNKS[0][k] for k in ("id", "created", "model")), "id, created and model are those of the chunks.")
+    expect(all(got.get(k) == _CHUNKS[0][k] for k in ("id", "created", "model")),
+           "id, created and model are those of the chunks.")
     choice = got["choices"][0]
     expect("delta" not in choice and "message" in choice, "a whole answer has a message where a chunk has a delta.")
     expect(choice["message"].get("role") == "assistant", "the message says who speaks: role 'assistant'.")
-    expect(choice["message"].get("content") == "know: \nthyself", f"the content is {show(choice['message'].get('content'))}.")
-    expect(choice.get("finish_reason") == "stop", f"the finish_reason is that of the last chunk, not {choice.get('finish_reason')!r}.")
+    expect(choice["message"].get("content") == "know: \nthyself",
+           f"the content is {show(choice['message'].get('content'))}.")
+    expect(choice.get("finish_reason") == "stop",
+           f"the finish_reason is that of the last chunk, not {choice.get('finish_reason')!r}.")
     return "streamed or not, it is one answer."
