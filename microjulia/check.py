@@ -88,7 +88,7 @@ def expect_close(
         where = f" at {list(at)}" if at else ""
         raise NotYet(f"{what}{where} is {got[at]:.6g}, and {want[at]:.6g} was to come.")
 
-# %% ../nbs/09_check.ipynb #9a4b27b5
+# %% ../nbs/09_check.ipynb #566d89cd
 @check
 def decode(answer):  # a function of `ids, alphabet`
     "Ids back to text."
@@ -112,9 +112,9 @@ def unigram_bits(answer):  # a function of `text`
     "The entropy of the characters of a text, bits."
     for text, want in (("abababab", 1.), ("aaaa", 0.), ("abcd", 2.), ("aaab", .811278)):
         got = ask(answer, text)
-        like = lambda other: want and math.isclose(got, other, rel_tol=1e-3)
-        hint = " That is in nats: use log2." if like(want * math.log(2)) else ""
-        if like(-want): hint = " A surprise is minus the logarithm."
+        hint = ""
+        if want and math.isclose(got, want * math.log(2), rel_tol=1e-3): hint = " That is in nats: use log2."
+        if want and math.isclose(got, -want, rel_tol=1e-3): hint = " A surprise is minus the logarithm."
         expect(math.isclose(got, want, abs_tol=1e-4),
                f"{text!r} holds {want:.3f} bits a character, and you have {got:.3f}.{hint}")
     return "English letters hold about 4.1 bits; what a model saves below that, it has learnt from what stands before."
