@@ -18,7 +18,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-from ..generation import Continuation, Event, Generator, SamplingParams, evaluating
+from ..generation import Continuation, Event, Generator, evaluating
 
 # %% ../../nbs/serving/31_engine.ipynb #0f564c02
 def rows_of(
