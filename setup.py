@@ -23,7 +23,7 @@ setup(
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     keywords=cfg['keywords'],
     packages=find_packages(include=[lib, f'{lib}.*']),
-    package_data={lib: ['py.typed', 'data/**/*']},
+    package_data={lib: ['py.typed', 'data/**/*', 'static/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={k.removesuffix(extra): v.split() for k, v in cfg.items() if k.endswith(extra)},

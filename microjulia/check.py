@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Verdict', 'NotYet', 'expect', 'show', 'ask', 'check', 'expect_close', 'decode', 'commonest', 'unigram_bits',
-           'strip_licence', 'split_tails', 'gather', 'bigram_bits', 'causal_softmax', 'merge_heads', 'window_mask',
-           'one_step', 'count_params', 'layer_norm', 'gelu', 'cross_entropy', 'manifest', 'write_atomically',
-           'newest_whole', 'schedule', 'overfit', 'accumulate', 'clip', 'top_p', 'draw', 'temperature_for', 'hold_back',
-           'read_stream', 'make_chunks', 'whole_answer']
+           'strip_licence', 'split_tails', 'gather', 'bigram_bits', 'causal_softmax', 'alibi', 'window_mask',
+           'one_step', 'widest', 'rms_norm', 'gelu_slope', 'cross_entropy', 'manifest', 'write_atomically',
+           'newest_whole', 'trapezoid', 'overfit', 'accumulate', 'clip', 'likeliest', 'gumbel', 'temperature_for',
+           'word_bits', 'read_stream', 'make_chunks', 'whole_answer']
 
 # %% ../nbs/09_check.ipynb #1f66e99b
 import copy
@@ -173,7 +173,7 @@ def bigram_bits(answer):  # a function of `train, val, vocab_size`
            "a pair that was never seen has probability 0 and costs infinitely many bits: add one to every count.")
     return "count, add one, divide: whatever a network learns has to be better than this."
 
-# %% ../nbs/09_check.ipynb #ebdb79ad
+# %% ../nbs/09_check.ipynb #d42b0477
 @check
 def causal_softmax(answer):  # a function of `scores`, `(T, T)`
     "Scores to weights that never look ahead."
@@ -194,17 +194,17 @@ def causal_softmax(answer):  # a function of `scores`, `(T, T)`
     return "equal to PyTorch's own, and blind to the future."
 
 @check
-def merge_heads(answer):  # a function of `y`, `(B, nh, T, hs)`
-    "The heads' answers side by side, `(B, T, nh * hs)`."
+def alibi(answer):  # a function of `T, slope`
+    "The additive mask whose scores fall by `slope` with each step back."
     import torch
-    y = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
-    want = torch.cat([y[:, h] for h in range(3)], dim=-1)
-    got = ask(answer, y)
-    expect(not torch.equal(got, y.reshape(2, 4, 15)),
-           "the shape is right, but the numbers of different positions are mixed: "
-           "bring the head axis behind the positions before you join.")
-    expect_close(got, want, "y")
-    return "transpose first, then reshape."
+    for T, slope in ((4, .5), (6, .1)):
+        got, i = ask(answer, T, slope), torch.arange(T)
+        expect(got.shape == (T, T), f"a mask for {T} positions is ({T}, {T}), not {tuple(got.shape)}.")
+        expect(bool((got.triu(1)[i[:, None] < i] == -math.inf).all()),
+               "what comes later is still to be seen: minus infinity above the diagonal.")
+        expect(bool((got.tril() <= 0).all()), "distance is to cost something: the scores FALL with each step back.")
+        expect_close(got.tril(), (-slope * (i[:, None] - i)).tril(), f"with T={T}, slope={slope} the mask")
+    return "no position table is needed, and texts may be longer than any seen in training."
 
 @check
 def window_mask(answer):  # a function of `T, w`
@@ -235,43 +235,49 @@ def one_step(answer):  # a function of `q (hs,)`, `K (S, hs)`, `V (S, hs)`
     expect_close(got, want, "the answer")
     return "no mask is needed: who comes last may see all."
 
-# %% ../nbs/09_check.ipynb #bc8c9815
+# %% ../nbs/09_check.ipynb #abed7fc6
 @check
-def count_params(answer):  # a function of `vocab_size, n_embd, block_size, n_layer`
-    "The number of weights, by formula."
+def widest(answer):  # a function of `budget, vocab_size, block_size, n_layer, n_head`
+    "The largest width, a multiple of `n_head`, of a model with at most `budget` weights."
     from microjulia.gpt import GPT, GPTConfig
-    for V, C, T, L in ((28, 8, 16, 1), (28, 8, 16, 3), (50, 12, 20, 2), (28, 128, 128, 2)):
-        want = GPT(GPTConfig(vocab_size=V, n_embd=C, block_size=T, n_layer=L, n_head=2)).num_params()
-        got = ask(answer, V, C, T, L)
-        parts = {V * C: "one of the two tables of V by C", T * C: "the positions", 2 * C: "one LayerNorm",
-                 4 * C * L: "the blocks' LayerNorms", (4 * L + 2) * C: "all the LayerNorms",
-                 12 * C * C * L: "the blocks' matrices"}
-        off = parts.get(abs(want - got), f"{abs(want - got):,}")
-        expect(got == want, f"with V={V}, C={C}, T={T}, L={L} the model has {want:,} weights and you count {got:,}; "
-                            f"the difference is {off}.")
-    return "12 C² for each block, V C twice, T C once, and a little for the norms: the small model has 418,048."
+    def weights(C, V, T, L, nh):
+        return GPT(GPTConfig(vocab_size=V, n_embd=C, block_size=T, n_layer=L, n_head=nh)).num_params()
+    for want, *shape in ((32, 28, 16, 1, 4), (36, 28, 16, 2, 4), (24, 60, 32, 3, 2)):
+        budget = weights(want, *shape)
+        for more, right in ((0, want), (1, want), (-1, want - shape[-1])):
+            got, n = ask(answer, budget + more, *shape), f"{budget + more:,} weights"
+            expect(got == int(got) and got % shape[-1] == 0, f"{got} is no multiple of {shape[-1]} heads.")
+            expect(got <= right, f"{n} were allowed, and a width of {got} takes {weights(int(got), *shape):,}.")
+            expect(got == right, f"with {n} a width of {right} is possible, and you have {got}.")
+    return "a block costs 12 C² and a little: twice as wide is four times as many."
 
 @check
-def layer_norm(answer):  # a function of `x, weight, bias, eps`
-    "LayerNorm over the last axis."
+def rms_norm(answer):  # a function of `x, weight, eps`
+    "RMSNorm over the last axis."
     import torch
     torch.manual_seed(0)
-    x, w, b = 2 + 3 * torch.randn(2, 5, 16), torch.randn(16), torch.randn(16)
-    want, got = torch.nn.functional.layer_norm(x, (16,), w, b, 1e-5), ask(answer, x, w, b, 1e-5)
-    bessel = w * (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt() + b
-    expect(got.shape != x.shape or not torch.allclose(got, bessel, atol=1e-4),
-           "so close: LayerNorm divides by C, not by C - 1. `var` has an option for it.")
+    x, w = 2 + 3 * torch.randn(2, 5, 16), torch.randn(16)
+    want, got = torch.nn.functional.rms_norm(x, (16,), w, 1e-5), ask(answer, x, w, 1e-5)
+    without = x - x.mean(-1, keepdim=True)
+    centred = torch.nn.functional.rms_norm(without, (16,), w, 1e-5)
+    expect(got.shape != x.shape or not torch.allclose(got, centred, atol=1e-4),
+           "the mean is not taken away: that is LayerNorm.")
     expect_close(got, want, "the norm", 1e-4)
-    expect_close(ask(answer, torch.ones(1, 16), w, b, 1e-5), b[None], "the norm of equal numbers")
-    return "mean 0, variance 1, then what the layer has learnt."
+    expect_close(ask(answer, torch.zeros(1, 16), w, 1e-5), torch.zeros(1, 16), "the norm of zeros")
+    return "one number less to compute, and the later models of the family do not miss it."
 
 @check
-def gelu(answer):  # a function of `x`
-    "GELU by its tanh formula."
+def gelu_slope(answer):  # a function of `x`
+    "The derivative of GELU's tanh form."
     import torch
-    x = torch.linspace(-4, 4, 81)
-    expect_close(ask(answer, x), torch.nn.functional.gelu(x, approximate="tanh"), "gelu", 1e-6)
-    return "nearly 0 to the left, nearly x to the right, and smooth between."
+    x = torch.linspace(-4, 4, 81, requires_grad=True)
+    torch.nn.functional.gelu(x, approximate="tanh").sum().backward()
+    got = ask(answer, x.detach())
+    plain = torch.nn.functional.gelu(x.detach(), approximate="tanh")
+    expect(got.shape != x.shape or not torch.allclose(got, plain, atol=1e-4),
+           "that is GELU itself; its slope was asked.")
+    expect_close(got, x.grad, "the slope", 1e-4)
+    return "to the left a little below 0, so GELU is not monotone; to the right 1, so gradients pass."
 
 @check
 def cross_entropy(answer):  # a function of `logits (N, V)`, `targets (N,)`
@@ -338,16 +344,16 @@ def newest_whole(answer):  # a function of `found`, names to whether each is who
     expect(got is None, f"where none is whole, None was to come, and {show(got)} came.")
     return "a folder that is not whole is as good as none."
 
-# %% ../nbs/09_check.ipynb #6e19d677
+# %% ../nbs/09_check.ipynb #427effea
 @check
-def schedule(answer):  # a function of `step, steps, warmup, peak`
-    "A linear rise to the peak, then a straight line to zero."
-    at = lambda step: float(ask(answer, step, 100, 10, 0.02))
+def trapezoid(answer):  # a function of `step, steps, warmup, cooldown, peak`
+    "A linear rise, a level stretch, a straight fall to zero."
+    at = lambda step: float(ask(answer, step, 100, 10, 20, 0.02))
     expect(at(0) > 0, "the first step has rate 0: it teaches nothing. Count steps from 1: (step + 1) / warmup.")
-    for step, want in ((0, .002), (4, .01), (9, .02), (55, .01), (100, 0.)):
+    for step, want in ((0, .002), (4, .01), (9, .02), (50, .02), (80, .02), (90, .01), (99, .001)):
         expect(math.isclose(at(step), want, abs_tol=1e-9),
                f"at step {step} of 100 the rate is {want:g}, and you have {at(step):g}.")
-    return "slowly up while the averages of the optimiser fill, then down until nothing moves."
+    return "the level part can go on as long as you like, and the fall be made from any point of it."
 
 def _tiny(seed=0):
     "A small model and a batch for it."
@@ -408,31 +414,31 @@ def clip(answer):  # a function of `grads`, a list of tensors changed in place, 
                "the direction changed: all gradients have one common factor.")
     return "shorter, in the same direction, and only when too long."
 
-# %% ../nbs/09_check.ipynb #e34971f6
+# %% ../nbs/09_check.ipynb #5c2172e0
 @check
-def top_p(answer):  # a function of `probs (V,)`, `p`
-    "The smallest set of likeliest tokens that reaches `p`, as a distribution."
-    probs = np.array([.1, .5, .05, .3, .05])
-    for p, keep in ((.5, [1]), (.6, [1, 3]), (.9, [1, 3, 0]), (.2, [1]), (1., range(5))):
-        want = np.where(np.isin(np.arange(5), list(keep)), probs, 0)
-        got = np.asarray(ask(answer, probs.copy(), p), dtype=float)
-        expect(got.shape == (5,),
-               f"five probabilities were to come, not shape {got.shape}: cut tokens stay, with probability 0.")
-        expect(set(np.flatnonzero(got)) == set(keep),
-               f"with p={p} the tokens {sorted(map(int, keep))} stay, and you keep "
-               f"{np.flatnonzero(got).tolist()}: the token that reaches p is kept, none after it.")
-        expect_close(got, want / want.sum(), f"with p={p} the probability")
-    return "a sure model keeps one token, an unsure one many."
+def likeliest(answer):  # a function of `next_logprobs, n`
+    "The likeliest continuation of `n` tokens."
+    rows = {(): [.4, .6, 0.], (0,): [.9, .05, .05], (1,): [.4, .3, .3], (0, 0): [.1, .1, .8], (1, 0): [.5, .3, .2]}
+    def next_logprobs(ids):
+        with np.errstate(divide="ignore"): return np.log(rows.get(tuple(map(int, ids)), [1 / 3] * 3))
+    for n, want in ((1, (1,)), (2, (0, 0)), (3, (0, 0, 2))):
+        got = tuple(map(int, ask(answer, next_logprobs, n)))
+        expect(len(got) == n, f"{n} tokens were asked, and {len(got)} came.")
+        greedy = n > 1 and got[0] == 1
+        hint = " Token 1 is the likeliest first one, but not what follows: greedy does not find the best text." * greedy
+        expect(got == want, f"the likeliest {n} tokens are {list(want)}, and you have {list(got)}.{hint}")
+    return "sums of logarithms, not one step at a time; with 28 letters the search must be cut to a beam."
 
 @check
-def draw(answer):  # a function of `probs (V,)`, `u` in [0, 1)
-    "The token in whose stretch of the line from 0 to 1 `u` falls."
-    probs = np.array([.2, 0., .5, .3])
-    for u, want in ((0., 0), (.1999, 0), (.2, 2), (.6999, 2), (.7001, 3), (.9999, 3)):
-        got = ask(answer, probs, u)
-        expect(got != 1, f"u={u} chose token 1, whose probability is 0.")
-        expect(int(got) == want, f"u={u} falls into the stretch of token {want}, and you have {show(got)}.")
-    return "one uniform number decides, so a seed gives the same text everywhere."
+def gumbel(answer):  # a function of `logits (V,)`, `u (V,)` in (0, 1)
+    "A draw from softmax by the largest of scores with Gumbel noise."
+    rng, logits = np.random.default_rng(0), np.log([.1, .2, .3, .4])
+    expect(int(ask(answer, logits, np.full(4, .5))) == 3, "with equal noise for all, the largest score wins.")
+    share = np.bincount([int(ask(answer, logits, rng.random(4))) for _ in range(20_000)], minlength=4) / 20_000
+    expect(np.abs(share - np.exp(logits)).max() < .015,
+           f"in 20,000 draws the tokens came with shares {share.round(2).tolist()}, "
+           "and [0.1, 0.2, 0.3, 0.4] were to come: the noise is -log(-log(u)).")
+    return "no sum and no division: every token draws its own number, and the largest wins."
 
 @check
 def temperature_for(answer):  # a function of `logits (V,)`, `bits`
@@ -450,18 +456,17 @@ def temperature_for(answer):  # a function of `logits (V,)`, `bits`
     return "entropy rises with temperature, so halving an interval finds it."
 
 @check
-def hold_back(answer):  # a function of `text, stop`; gives back `(safe, held)`
-    "What may be shown while a stop string could still be coming."
-    for text, stop, want in (("hello", "\n\n", ("hello", "")), ("hello\n", "\n\n", ("hello", "\n")),
-                             ("the en", "end", ("the ", "en")), ("aab", "aabc", ("", "aab")),
-                             ("abab", "abc", ("ab", "ab"))):
-        got = tuple(ask(answer, text, stop))
-        expect("".join(got) == text, f"{text!r} was to be cut in two, and you have {got}.")
-        expect(not want[1] or got[1], f"{text!r} may still become {stop!r}, and you show all of it: "
-               "the user would see half a stop string.")
-        expect(got == want,
-               f"of {text!r} with stop {stop!r}, {want} was to come, and you have {got}: hold no more than you must.")
-    return "only what can still become the stop string waits."
+def word_bits(answer):  # a function of `text, bits (len(text),)`
+    "Each word of a text with the bits of its letters."
+    cases = (("know thyself", range(12), [("know", 6.), ("thyself", 56.)]), ("ask.", [1, 2, 3, 9], [("ask", 6.)]),
+             ("a  b ", [1, 5, 5, 2, 5], [("a", 1.), ("b", 2.)]))
+    for text, bits, want in cases:
+        bits = np.array(bits, dtype=float)
+        got = [(w, float(b)) for w, b in ask(answer, text, bits)]
+        expect([w for w, _ in got] == [w for w, _ in want], f"the words of {text!r} are {[w for w, _ in want]}, "
+               f"and you have {[w for w, _ in got]}: letters only.")
+        expect(got == want, f"of {text!r} with bits {bits.tolist()} come {want}, and you have {got}.")
+    return "surprises add up, since the logarithm of a product is a sum: that is why we count in bits."
 
 # %% ../nbs/09_check.ipynb #4f4f6a2a
 def _chunk(delta, finish=None):

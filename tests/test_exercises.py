@@ -70,7 +70,10 @@ def leaves_a_copy(path, data): in_place(str(path) + '.bak', data), in_place(path
 def no_division(model, x, y, pieces):
     for xs, ys in zip(x.chunk(pieces), y.chunk(pieces)): check._loss(model, xs, ys).backward()
 def shifted(tokens, starts, T): return (tokens[starts[:, None] + np.arange(T)],) * 2
-def biased(x, w, b, eps): return w*(x - x.mean(-1, keepdim=True))/(x.var(-1, keepdim=True) + eps).sqrt() + b
+def greedy(next_logprobs, n):
+    ids = []
+    for _ in range(n): ids.append(int(next_logprobs(ids).argmax()))
+    return ids
 def overflowing(z, t): return -(z.exp()/z.exp().sum(1, keepdim=True)).log()[range(len(t)), t].mean()
 def unsmoothed(train, val, V):
     counts = np.zeros((V, V))
@@ -92,14 +95,17 @@ WRONG = [  # check, a mistake, what it is told
     ('causal_softmax', lambda s: s.softmax(-1), 'looks ahead'),
     ('causal_softmax', lambda s: s.softmax(-1).tril(), 'sum of a row'),
     ('causal_softmax', lambda s: s.softmax(-1).tril()/s.softmax(-1).tril().sum(-1, keepdim=True) + 0*s.max(), 'weights of the past|was to come'),
-    ('merge_heads', lambda y: y.reshape(2, 4, 15), 'mixed'),
+    ('alibi', lambda T, slope: slope*(torch.arange(T) - torch.arange(T)[:, None]).float(), 'later'),
+    ('alibi', lambda T, slope: torch.full((T, T), -torch.inf).triu(1) + slope*(torch.arange(T)[:, None] - torch.arange(T)), 'FALL'),
     ('window_mask', lambda T, w: torch.full((T, T), -torch.inf).triu(1), 'were to be seen'),
     ('window_mask', lambda T, w: torch.ones(T, T), 'minus infinity'),
     ('one_step', lambda q, K, V: (K @ q).softmax(0) @ V, 'square root'),
-    ('count_params', lambda V, C, T, L: 2*V*C + T*C + 12*C*C*L, 'all the LayerNorms'),
-    ('count_params', lambda V, C, T, L: V*C + T*C + (12*C*C + 4*C)*L + 2*C, 'tables'),
-    ('layer_norm', biased, 'C - 1'),
-    ('gelu', lambda x: x*torch.sigmoid(x), 'was to come'),
+    ('widest', lambda n, V, T, L, nh: int((n/12/L)**.5)//nh*nh, 'were allowed'),
+    ('widest', lambda n, V, T, L, nh: nh, 'is possible'),
+    ('rms_norm', lambda x, w, eps: torch.nn.functional.layer_norm(x, (16,), w, None, eps), 'that is LayerNorm'),
+    ('rms_norm', lambda x, w, eps: w*x/x.norm(dim=-1, keepdim=True), 'was to come'),
+    ('gelu_slope', lambda x: torch.nn.functional.gelu(x, approximate='tanh'), 'GELU itself'),
+    ('gelu_slope', lambda x: torch.sigmoid(1.702*x), 'was to come'),
     ('cross_entropy', lambda z, t: z.log_softmax(-1)[range(len(t)), t].mean(), 'was to come'),
     ('cross_entropy', overflowing, 'overflows'),
     ('manifest', lambda f: {p.name: (p.stat().st_size, 'x') for p in Path(f).iterdir()}, 'size and sum'),
@@ -108,18 +114,19 @@ WRONG = [  # check, a mistake, what it is told
     ('newest_whole', lambda found: max(found, default=None), 'whole|numbers'),
     ('newest_whole', lambda found: max((n for n in found if found[n]), default=None), 'numbers'),
     ('newest_whole', lambda found: max((n for n in found if found[n]), key=lambda n: int(n[5:])), 'None'),
-    ('schedule', lambda s, n, w, peak: peak*min(s/w, 1)*(1 - s/n), 'rate 0'),
-    ('schedule', lambda s, n, w, peak: peak*min((s + 1)/w, 1), 'at step 55'),
+    ('trapezoid', lambda s, n, w, c, peak: peak*min(s/w, 1, (n - s)/c), 'rate 0'),
+    ('trapezoid', lambda s, n, w, c, peak: peak*min((s + 1)/w, 1), 'at step 90'),
     ('overfit', lambda m, x, y: None, 'Nothing was learnt'),
     ('accumulate', no_division, 'four times'),
     ('clip', lambda g, limit: [t.clamp_(-limit, limit) for t in g] and 5., 'norm afterwards|direction'),
     ('clip', lambda g, limit: [t.mul_(limit/5) for t in g] and 5., 'limit 100'),
-    ('top_p', lambda probs, p: np.where(probs >= p, probs, 0)/max(probs[probs >= p].sum(), 1e-9), 'stay'),
-    ('top_p', lambda probs, p: np.sort(probs)[::-1][:1], 'cut tokens stay'),
-    ('draw', lambda probs, u: int((np.cumsum(probs) < u).sum()), 'stretch|probability is 0'),
+    ('likeliest', greedy, 'greedy does not find'),
+    ('likeliest', lambda f, n: [1], 'were asked'),
+    ('gumbel', lambda z, u: (z + u).argmax(), 'shares'),
+    ('gumbel', lambda z, u: z.argmin(), 'largest score wins'),
     ('temperature_for', lambda z, bits: 1., 'were asked'),
-    ('hold_back', lambda t, s: (t, ''), 'half a stop string'),
-    ('hold_back', lambda t, s: ('', t), 'no more than you must'),
+    ('word_bits', lambda t, b: [(w, 0) for w in t.split()], 'letters only|come'),
+    ('word_bits', lambda t, b: [(w, len(w)) for w in t.replace('.', ' ').split()], 'and you have'),
     ('read_stream', lambda lines: ''.join(json.loads(s[6:])['choices'][0]['delta'].get('content', '') for s in lines
                                           if s[:6] == 'data: ' and 'DONE' not in s), 'raised IndexError'),
     ('make_chunks', lambda t: [check._chunk({'content': c}) for c in t], 'role'),
