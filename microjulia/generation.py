@@ -231,19 +231,26 @@ class Continuation:
     ):
         self.params, self.tokenizer = params, tokenizer
         self.sampler, self.matcher = Sampler(params, tokenizer.vocab_size, prompt), StopMatcher(params.stop)
-        self.partial = []  # ids whose text is not whole: a letter can take several byte tokens
+        self.length, self.partial = 0, []  # tokens so far; those whose text is not whole: a letter can take several
         self.finish_reason = None if params.max_new_tokens > 0 else 'length'
 
     def step(self,
         logits: np.ndarray,  # raw scores, `(V,)`
     ) -> Event:
         "Choose a token; sets `finish_reason` if it was the last"
-        id = self.sampler(logits)
+        return self.take(self.sampler(logits), logits)
+
+    def take(self,
+        id: int,  # the token that `sampler` chose, or would have chosen
+        logits: np.ndarray,  # the raw scores it was chosen from, `(V,)`
+    ) -> Event:
+        "Go on with a chosen token"
+        self.length += 1
         piece = self._text(id)
         end = self._sentence_end(piece)
         text, stopped = self.matcher.push(piece[:end])
         if stopped or end: self.finish_reason = 'stop'
-        elif self.sampler.position >= self.params.max_new_tokens: self.finish_reason = 'length'
+        elif self.length >= self.params.max_new_tokens: self.finish_reason = 'length'
         logp = log_probs(logits)
         return Event(text, id, float(logp[id]), _alternatives(logp, self.params.logprobs, self.tokenizer))
 
@@ -260,7 +267,7 @@ class Continuation:
         return text
 
     def _sentence_end(self, piece):
-        if self.params.until is None or self.sampler.position < self.params.min_new_tokens: return None
+        if self.params.until is None or self.length < self.params.min_new_tokens: return None
         return next((i + 1 for i, c in enumerate(piece) if c in '.?!'), None)
 
 # %% ../nbs/06_generation.ipynb #5e7f3216
