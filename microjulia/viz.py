@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'show_char', 'styled', 'plot_matrix', 'plot_mask', 'plot_attention', 'plot_heads', 'plot_coverage',
            'plot_split', 'plot_params', 'plot_loss', 'plot_schedule', 'plot_next', 'plot_cut', 'plot_temperature',
-           'plot_surprise', 'plot_stream', 'pack', 'Html', 'surprise_html', 'attention_html']
+           'plot_surprise', 'plot_stream', 'pack', 'Html', 'surprise_html', 'attention_html', 'next_html', 'scrub_html',
+           'tree_html', 'encode_html']
 
 # %% ../nbs/08_viz.ipynb #44b9b47b
 import base64
@@ -15,6 +16,7 @@ import json
 import math
 import re
 from collections import Counter
+from importlib import resources
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -412,6 +414,16 @@ _STYLE = """<style>
 .mj button[aria-pressed=true]{border-color:currentColor}
 .mj canvas{display:block;width:64px;height:64px;image-rendering:pixelated}
 .mj td,.mj th{padding:0 8px;text-align:right}
+.mj .bar{width:60%;padding:2px 0}
+.mj .bar div{background:rgb(var(--mj));height:1em;border-radius:2px}
+.mj .cut{opacity:.35}
+.mj label{margin-right:1em;white-space:nowrap}
+.mj input{vertical-align:middle}
+.mj svg{width:100%;height:auto;font:11px monospace;fill:currentColor}
+.mj ul{list-style:none;padding-left:1.2em;margin:0}
+.mj-tiles span{display:inline-block;border:1px solid;border-radius:3px;margin:1px;padding:1px 5px;text-align:center}
+.mj-next table{width:100%}
+.mj-tiles small{display:block;opacity:.7}
 @media(prefers-color-scheme:dark){.mj{--mj:40,110,180}}
 </style>"""
 
@@ -517,3 +529,128 @@ def attention_html(
     words = f"Attention of {L} × {nh} heads over {T} characters"
     return Html("attention", words, dict(w=pack(att[:, :, *np.tril_indices(T)])), body, _ATTENTION,
                 f"{words}: {''.join(tokens)}")
+
+# %% ../nbs/08_viz.ipynb #eeadf547
+_NEXT = """
+const logits=Float64Array.from(JSON.parse(root.dataset.logits)),rows=[...root.querySelectorAll('tr')];
+const order=Array.from(logits.keys()).sort((a,b)=>logits[b]-logits[a]);
+const box=root.querySelector('form'),sliders=[...root.querySelectorAll('input')];box.hidden=false;
+const draw=()=>{const [temperature,top_k,top_p]=sliders.map(s=>+s.value);
+ const p=MicroJulia.probabilities(logits,{temperature,top_k,top_p});
+ rows.forEach((r,i)=>{const v=p[order[i]];r.className=v?'':'cut';r.children[1].firstChild.style.width=100*v+'%';
+  r.children[2].textContent=(100*v).toFixed(1)+' %'});
+ sliders.forEach(s=>{s.nextElementSibling.textContent=s.value});
+ const kept=[...p].filter(v=>v>0),bits=-kept.reduce((s,v)=>s+v*Math.log2(v),0);
+ say(root,kept.length+' of '+p.length+' characters can come; the choice holds '+Math.abs(bits).toFixed(2)+' bits')};
+sliders.forEach(s=>{s.oninput=draw});draw();
+"""
+
+def _model_script(): return (resources.files("microjulia") / "static" / "model.js").read_text(encoding="utf-8")
+
+def _slider(name, high, step, value):
+    return (f'<label>{name} <input type="range" min="0" max="{high}" step="{step}" value="{value}">'
+            f"<output>{value}</output></label> ")
+
+def next_html(
+    logits,  # raw scores of the next token, `(V,)`
+    tokens,  # the V characters
+    rows=12, # how many of them to draw, likeliest first
+) -> Html:
+    "The next character with sliders for temperature, top-k and top-p."
+    logits, tokens = np.asarray(logits, dtype=float), list(tokens)
+    if logits.shape != (len(tokens),):
+        raise ValueError(f"{len(tokens)} characters, but scores of shape {logits.shape}")
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    order = np.argsort(-logits, kind="stable")[:rows]
+    bars = "".join(f'<tr><th scope="row">{html.escape(show_char(tokens[i]))}</th><td class="bar">'
+                   f'<div style="width:{100*p[i]:.1f}%"></div></td><td>{100*p[i]:.1f} %</td></tr>' for i in order)
+    sliders = _slider("temperature", 2, .05, 1) + _slider("top-k", len(tokens), 1, 0) + _slider("top-p", 1, .01, 1)
+    data = dict(logits=json.dumps([round(float(z), 4) for z in logits], separators=(",", ":")))
+    words = ", ".join(f"{show_char(tokens[i])} {100*p[i]:.0f} %" for i in order[:5])
+    body = f'<form hidden>{sliders}</form><table>{bars}</table>'
+    label = "The next character under temperature, top-k and top-p"
+    return Html("next", label, data, body, _model_script() + _NEXT, f"next character: {words}")
+
+# %% ../nbs/08_viz.ipynb #b3b134d4
+_SCRUB = """
+const shots=JSON.parse(root.dataset.shots),slider=root.querySelector('input'),dot=root.querySelector('circle');
+const go=()=>{const [step,bits,x,y,text]=shots[slider.value];root.querySelector('.mj-text').textContent=text;
+ dot.setAttribute('cx',x);dot.setAttribute('cy',y);
+ const what='step '+step+', held out '+bits.toFixed(2)+' bits per character';
+ slider.setAttribute('aria-valuetext',what);say(root,what)};
+slider.parentElement.hidden=false;slider.oninput=go;go();
+"""
+
+def _curve(steps, bits):
+    "A falling line as SVG, and the function from step and bits to a place in it."
+    place = lambda s, b: (round(40 + 540*float(s/max(1, steps.max())), 1),
+                          round(10 + 130*float((bits.max() - b)/max(1e-9, np.ptp(bits))), 1))
+    line = " ".join(f"{x},{y}" for x, y in map(place, steps, bits))
+    marks = "".join(f'<text x="0" y="{place(0, b)[1] + 4}">{b:.2f}</text>' for b in (bits.max(), bits.min()))
+    label = f"held-out bits per character from {bits[0]:.2f} to {bits[-1]:.2f}"
+    return (f'<svg viewBox="0 0 590 150" role="img" aria-label="{label}"><polyline points="{line}" fill="none" '
+            f'stroke="currentColor"/>{marks}<circle r="5" fill="rgb(var(--mj))"/></svg>'), place
+
+def scrub_html(
+    history,  # records of a training run, of which those of kind 'eval' and 'sample' are used
+) -> Html:
+    "The held-out loss of a run with a slider through the samples written on the way."
+    evals = [(r["step"], r["bits_per_char"]) for r in history if r["kind"] == "eval"]
+    samples = {r["step"]: r["text"] for r in history if r["kind"] == "sample"}
+    told = [(step, bits, samples[step]) for step, bits in evals if step in samples]
+    if not told: raise ValueError("the history has no sample beside an evaluation; train with a `sample_fn`")
+    curve, place = _curve(*map(np.array, zip(*evals, strict=True)))
+    shots = [(int(s), round(float(b), 4), *place(s, b), t) for s, b, t in told]
+    last = len(shots) - 1
+    body = (f'{curve}<label hidden>sample <input type="range" min="0" max="{last}" value="{last}"></label>'
+            f'<div class="mj-text">{html.escape(told[-1][2])}</div>')
+    return Html("scrub", "Samples along a training run", dict(shots=json.dumps(shots)), body, _SCRUB,
+                "\n".join(f"step {s}, {b:.2f} bits: {t}" for s, b, t in told))
+
+# %% ../nbs/08_viz.ipynb #3f23a32b
+def _branch(name, shapes, depth):
+    "One module as HTML: its own numbers, then those below it."
+    n = sum(math.prod(s) for _, s in shapes)
+    if len(shapes) == 1 and not shapes[0][0]:
+        return f"<li>{html.escape(name)} <code>{' × '.join(map(str, shapes[0][1]))}</code>, {n:,}</li>"
+    heads = dict.fromkeys(path.partition(".")[0] for path, _ in shapes)
+    below = lambda head: [(p.partition(".")[2], s) for p, s in shapes if p.partition(".")[0] == head]
+    parts = "".join(_branch(h, below(h), depth + 1) for h in heads)
+    summary = f"<summary>{html.escape(name)}: {n:,}</summary>"
+    return f"<li><details{' open' * (depth < 1)}>{summary}<ul>{parts}</ul></details></li>"
+
+def tree_html(
+    params,        # pairs of dotted name and shape, in the order of the model's tree
+    name="model",  # of the whole
+) -> Html:
+    "The modules of a model with the shapes and counts of their parameters, to fold and unfold."
+    shapes = [(path, tuple(shape)) for path, shape in params]
+    total = sum(math.prod(s) for _, s in shapes)
+    words = f"{name}: {total:,} parameters in {len(shapes)} tensors"
+    return Html("tree", words, {}, f"<ul>{_branch(name, shapes, 0)}</ul>", "", words)
+
+# %% ../nbs/08_viz.ipynb #9f3d7d3f
+_ENCODE = """
+const t=MicroJulia.tokenizer(JSON.parse(root.dataset.chars)),input=root.querySelector('input');
+const shown=JSON.parse(root.dataset.shown),tiles=root.querySelector('.mj-tiles');
+const go=()=>{const ids=t.encode(input.value),gone=[...input.value].length-ids.length;
+ tiles.replaceChildren(...ids.map(i=>{const d=document.createElement('span'),n=document.createElement('small');
+  n.textContent=i;d.append(shown[i],n);return d}));
+ say(root,ids.length+' ids, spelling "'+t.decode(ids)+'"'+(gone>0?'; '+gone+' characters joined a gap':''))};
+input.parentElement.hidden=false;input.oninput=go;go();
+"""
+
+def encode_html(
+    text,    # to start with, in characters of the alphabet
+    chars,   # the alphabet: the place of a character is its id
+) -> Html:
+    "A box to type in, with the ids of what was typed."
+    chars = list(chars)
+    if unknown := [c for c in text if c not in chars]: raise ValueError(f"{unknown[0]!r} is not in the alphabet")
+    data = dict(chars=json.dumps(chars), shown=json.dumps([show_char(c) for c in chars]))
+    tiles = "".join(f"<span>{html.escape(show_char(c))}<small>{chars.index(c)}</small></span>" for c in text)
+    body = (f'<label hidden>your text <input type="text" value="{html.escape(text)}"></label>'
+            f'<div class="mj-tiles">{tiles}</div>')
+    return Html("encode", "Text as ids", data, body, _model_script() + _ENCODE,
+                " ".join(f"{show_char(c)}:{chars.index(c)}" for c in text))

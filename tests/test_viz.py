@@ -345,3 +345,81 @@ def test_every_parameter_is_explained():
     for name in viz.__all__:
         f = getattr(viz, name)
         if inspect.isfunction(f): assert f.__doc__ and all(docments(f, returns=False).values()), name
+
+
+# The pages with something to turn, in a real browser
+
+SCORES = np.log([.32, .21, .14, .1, .08, .06, .05, .04])
+RUN = [dict(kind="eval", step=s, bits_per_char=b) for s, b in ((0, 4.8), (50, 3.1), (100, 2.6))] + \
+          [dict(kind="sample", step=s, text=t) for s, t in ((0, "xq zv"), (100, "the <wise> man"))]
+PARAMS = [("wte.weight", (28, 8)), ("blocks.0.attn.qkv.weight", (24, 8)), ("blocks.0.ln1.bias", (8,))]
+TURNED = dict(next=viz.next_html(SCORES, "taiswo.x"), scrub=viz.scrub_html(RUN), tree=viz.tree_html(PARAMS, "tiny"),
+              encode=viz.encode_html("know thyself", CHARS))
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    "A page of real Chromium with every picture on it twice, and what it complained of."
+    api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium: pytest.skip("needs chromium")
+    file, heard = tmp_path_factory.mktemp("pages")/"all.html", []
+    body = "".join(p._repr_html_() for p in [*TURNED.values()]*2)
+    file.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>pages</title>{body}</html>', encoding="utf-8")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page()
+        page.on("console", lambda m: heard.append(m.text))
+        page.on("pageerror", lambda e: heard.append(str(e)))
+        page.on("request", lambda r: r.url.startswith("file:") or heard.append(r.url))
+        page.goto(file.as_uri())
+        yield page
+        assert heard == []
+        browser.close()
+
+def set_slider(page, which, value):
+    "Move the first slider that `which` finds, as a hand would."
+    page.locator(which).first.evaluate("(s, v) => { s.value = v; s.dispatchEvent(new Event('input')) }", value)
+
+def status(page, kind): return page.locator(f".mj-{kind} [role=status]").first.text_content()
+
+def test_sliders_change_the_choice(shown):
+    widths = lambda: shown.locator(".mj-next").first.locator("td:last-child").all_text_contents()
+    assert widths()[0] == "32.0 %" and status(shown, "next").startswith("8 of 8 characters")
+    set_slider(shown, ".mj-next input >> nth=1", 2)
+    assert widths()[:3] == ["60.4 %", "39.6 %", "0.0 %"] and status(shown, "next").startswith("2 of 8 characters")
+    set_slider(shown, ".mj-next input >> nth=0", 0)
+    assert widths()[0] == "100.0 %" and "0.00 bits" in status(shown, "next")
+    assert shown.locator(".mj-next").nth(1).locator("td:last-child").first.text_content() == "32.0 %"  # the copy stays
+
+def test_slider_goes_through_the_samples(shown):
+    text = lambda: shown.locator(".mj-scrub .mj-text").first.text_content()
+    assert text() == "the <wise> man" and "2.60 bits" in status(shown, "scrub")
+    set_slider(shown, ".mj-scrub input", 0)
+    assert text() == "xq zv" and status(shown, "scrub") == "step 0, held out 4.80 bits per character"
+
+def test_tree_unfolds(shown):
+    leaf = shown.locator(".mj-tree li", has_text="qkv").last
+    assert not leaf.is_visible() and "tiny: 424" in shown.locator(".mj-tree").first.inner_text()
+    for name in ("blocks", "0:", "attn", "qkv"): shown.locator(".mj-tree").nth(1).locator("summary", has_text=name).first.click()
+    assert leaf.is_visible() and "24 × 8" in shown.locator(".mj-tree").nth(1).inner_text()
+
+def test_typing_gives_ids(shown):
+    shown.locator(".mj-encode input").first.fill("Naïve — or?")
+    tiles = shown.locator(".mj-encode").first.locator(".mj-tiles span").all_text_contents()
+    assert tiles == [f"{viz.show_char(CHARS[i])}{i}" for i in (15, 2, 10, 23, 6, 0, 16, 19, 1)]
+    assert 'spelling "naive or."' in status(shown, "encode")
+
+def test_every_control_has_a_name(shown):
+    for control in shown.locator("input").all(): assert control.evaluate("c => c.labels.length") == 1
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_turned_pages_are_readable_without_scripts(kind):
+    bare = re.sub(r"<(style|script)>.*?</\1>", "", TURNED[kind]._repr_html_(), flags=re.S)
+    words = html.unescape(re.sub(r"<[^>]+>", " ", bare))
+    assert {"next": "32.0 %", "scrub": "the <wise> man", "tree": "424", "encode": "know"[0]}[kind] in words
+    assert "http" not in TURNED[kind].markup and len(TURNED[kind].markup) < 16_000
+
+@pytest.mark.parametrize("shape", [(3,), (8, 1), ()])
+def test_next_wants_a_score_for_each(shape):
+    with pytest.raises(ValueError, match="scores of shape"): viz.next_html(np.zeros(shape), "taiswo.x")

@@ -54,23 +54,21 @@ const MicroJulia = (() => {
     return p.map(v => v / sum);
   }
 
+  // Text to ids and back, by the rules of `00_tokenizer` but for rare letters like æ, which leave a gap.
+  function tokenizer(chars) {
+    const id = new Map(chars.map((c, i) => [c, i])), gap = "\0";
+    const known = c => [c, c.toLowerCase(), c.toUpperCase(), "?!".includes(c) ? "." : gap].find(d => d === gap || id.has(d));
+    const plain = c => id.has(c) ? c : Array.from(c.normalize("NFKD").replace(/\p{M}/gu, ""), known).join("");
+    const normalize = text => Array.from(text, plain).join("").replace(/ *\0[ \0]*/g, id.has(" ") ? " " : "");
+    return { normalize, encode: text => Array.from(normalize(text), c => id.get(c)), decode: ids => ids.map(i => chars[i]).join("") };
+  }
+
   class GPT {
     // `buffer`: model.safetensors; `config`: the hyperparameters; `chars`: vocab.json
     constructor(buffer, config, chars) {
-      this.w = tensors(buffer);
-      Object.assign(this, { config, chars, id: new Map(chars.map((c, i) => [c, i])) });
-      this.forget();
+      Object.assign(this, { w: tensors(buffer), config, tokenizer: tokenizer(chars), ids: [], logits: null });
+      this.layers = Array.from({ length: config.n_layer }, () => ({ k: [], v: [], att: [] }));
     }
-    forget() { this.ids = []; this.logits = null; this.layers = Array.from({ length: this.config.n_layer }, () => ({ k: [], v: [], att: [] })); }
-    // Text in the model's characters, by the rules of `00_tokenizer` but for rare letters like æ, which leave a gap.
-    normalize(text) {
-      const known = c => [c, c.toLowerCase(), c.toUpperCase(), "?!".includes(c) ? "." : "\0"].find(d => d === "\0" || this.id.has(d));
-      const plain = c => this.id.has(c) ? c : Array.from(c.normalize("NFKD").replace(/\p{M}/gu, ""), known).join("");
-      return Array.from(text, plain).join("").replace(/ *\0[ \0]*/g, this.id.has(" ") ? " " : "");
-    }
-    encode(text) { return Array.from(this.normalize(text), c => this.id.get(c)); }
-    decode(ids) { return ids.map(i => this.chars[i]).join(""); }
-
     // The scores of what may follow `ids`; what was read before is not read again.
     next(ids) {
       ids = ids.slice(-this.config.block_size);
@@ -91,8 +89,9 @@ const MicroJulia = (() => {
         const at = s => w[`blocks.${l}.${s}`];
         const a = this.attend(this.layers[l], layerNorm(x, at("ln1.weight"), at("ln1.bias"), eps), at);
         x = x.map((v, i) => v + a[i]);
-        const h = dense(at("ffwd.net.0.weight"), layerNorm(x, at("ln2.weight"), at("ln2.bias"), eps), at("ffwd.net.0.bias"));
-        const f = dense(at("ffwd.net.2.weight"), h.map(gelu), at("ffwd.net.2.bias"));
+        const y = layerNorm(x, at("ln2.weight"), at("ln2.bias"), eps);
+        const h = dense(at("ffwd.net.0.weight"), y, at("ffwd.net.0.bias")).map(gelu);
+        const f = dense(at("ffwd.net.2.weight"), h, at("ffwd.net.2.bias"));
         x = x.map((v, i) => v + f[i]);
       }
       this.ids.push(id);
@@ -135,6 +134,6 @@ const MicroJulia = (() => {
     return last;
   }
 
-  return { GPT, tensors, softmax, probabilities, draw };
+  return { GPT, tokenizer, tensors, softmax, probabilities, draw };
 })();
 if (typeof module !== "undefined") module.exports = MicroJulia;
