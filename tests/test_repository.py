@@ -155,7 +155,10 @@ for tool in 'pytest', 'nbdev', 'IPython', 'openai':
     except ImportError: pass
     else: raise SystemExit(f'{tool} was found')
 import microjulia
-for m in pkgutil.walk_packages(microjulia.__path__, 'microjulia.'): __import__(m.name)
+for m in pkgutil.walk_packages(microjulia.__path__, 'microjulia.'):
+    try: __import__(m.name)
+    except ImportError as e:
+        if "pip install 'microjulia[" not in str(e): raise  # a module for which an extra is needed says so in a line
 from microjulia.cli import main
 sys.argv = ['microjulia', '--help']
 raise SystemExit(main())
