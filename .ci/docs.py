@@ -29,8 +29,9 @@ def notebooks():
 
 
 def documents():
-    "Every Markdown text: the documents of the repository and the prose of the notebooks, by path."
-    docs = {p.name: p.read_text(encoding='utf-8') for p in sorted(ROOT.glob('*.md'))}
+    "Every Markdown text: the documents of the repository, the plain pages and the prose of the notebooks, by path."
+    files = sorted(ROOT.glob('*.md')) + sorted(NBS.rglob('*.qmd'))
+    docs = {p.relative_to(ROOT).as_posix(): p.read_text(encoding='utf-8') for p in files}
     return docs | {f'nbs/{name}': '\n\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown')
                    for name, nb in notebooks().items()}
 
@@ -129,6 +130,17 @@ def check_links():
         if re.search(r'!\[\s*\]\(', body): yield f'{name}: an image without a description'
 
 
+PAPER = re.compile(r'https?://(?:arxiv\.org|doi\.org|proceedings\.)[^)\s]+')
+
+
+def check_references():
+    "Each paper that a page links to is in the list of references."
+    known = (NBS/'references.bib').read_text(encoding='utf-8')
+    for name, text in documents().items():
+        for url in PAPER.findall(text):
+            if f'{{{url}}}' not in known: yield f'{name}: {url} is not in references.bib'
+
+
 def check_figures():
     "Each figure has an alternative text; figures and notebooks stay light."
     for name, nb in notebooks().items():
@@ -181,7 +193,7 @@ def check_addresses():
 
 
 PAGES = [check_pages]
-FILES = [check_quarto, check_links, check_figures, check_badges, check_addresses]
+FILES = [check_quarto, check_links, check_references, check_figures, check_badges, check_addresses]
 
 
 def main():
