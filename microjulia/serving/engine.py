@@ -21,6 +21,7 @@ from fastcore.basics import patch
 
 from ..corpus import hash64
 from ..generation import Continuation, Event, Generator, Sampler, SamplingParams, evaluating, log_probs
+from .kernel import FastDecoder, supports
 
 # %% ../../nbs/serving/31_engine.ipynb #0f564c02
 def rows_of(
@@ -327,15 +328,19 @@ class Engine(Generator):
         max_batch: int = 16,  # texts that run together; each takes a row of the cache
         max_queue: int = 256,  # requests that may wait for a place
         exact: bool = False,  # with PyTorch: equal seeds give equal text to the bit, at the price of speed
+        dtype: str = 'float32',  # of the weights in the kernel: 'float32', 'bfloat16' or 'int8'
         chunk: int = 64,  # ids of prompts read in one step, so that a long one does not stall the others
         max_new_tokens: int = 100_000,  # longest text that may be asked for, which bounds the memory
-        decoder=None,  # does the steps; None is a `TorchDecoder`
+        decoder=None,  # does the steps; None is the kernel where it supports the model, else a `TorchDecoder`
     ):
         for name, value, low in ('max_batch', max_batch, 1), ('max_queue', max_queue, 0), ('chunk', chunk, 1):
             if value < low: raise ValueError(f'{name} must be {low} or more, not {value}')
         super().__init__(model, tokenizer)
         self.max_batch, self.max_queue, self.chunk, self.max_new_tokens = max_batch, max_queue, chunk, max_new_tokens
-        self.decoder, self.choose = decoder or TorchDecoder(model, max_batch, exact), Chooser(max_batch, tokenizer.vocab_size)
+        fast = decoder is None and (supports(model) or dtype != 'float32')
+        self.decoder = FastDecoder(model, max_batch, dtype) if fast else decoder or TorchDecoder(model, max_batch, exact)
+        self.decoder.step(*np.zeros((3, 1), np.int64))  # what is compiled at the first step is compiled now
+        self.choose = Chooser(max_batch, tokenizer.vocab_size)
         self.pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
         self._free, self._queue, self._jobs = list(range(max_batch)), deque(), {}  # slots; jobs without one, and with one
         self._reading, self._writing = deque(), []                         # jobs with a prompt to read; those that go on
