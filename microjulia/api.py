@@ -164,10 +164,10 @@ def _tokenizer(paths, tokenizer, alphabet, vocab_size):
     texts = map(read_work, find_texts(paths or shipped_paths()))
     return train_bpe((t[:len(t) - len(t) // 10] for t in texts), vocab_size or 2000, alphabet)
 
-def _start(paths, arch, size, tokens, init_from, shape, device):
+def _start(paths, held_out, arch, size, tokens, init_from, shape, device):
     "The model and the corpus that a run starts with."
     if init_from is None:
-        corpus = Corpus.from_paths(paths, tokenizer=_tokenizer(paths, **tokens))
+        corpus = Corpus.from_paths(paths, tokenizer=_tokenizer(paths, **tokens), held_out=held_out)
         config = config_for(arch, size or default_size(arch, device), vocab_size=corpus.tokenizer.vocab_size, **shape)
         return find_model(arch)(config), corpus
     if fixed := [k for k in ("size", *shape) if k != "dropout" and (k != "size" or size)]:
@@ -176,7 +176,7 @@ def _start(paths, arch, size, tokens, init_from, shape, device):
     if tokens["alphabet"]: same_alphabet(saved.tokenizer, _tokenizer(paths, **tokens))
     model = build_model(saved.model.arch, saved.model.config.to_dict() | shape)
     model.load_state_dict(saved.model.state_dict())
-    return model, Corpus.from_paths(paths, tokenizer=saved.tokenizer)
+    return model, Corpus.from_paths(paths, tokenizer=saved.tokenizer, held_out=held_out)
 
 # %% ../nbs/40_api.ipynb #4a5e11bd
 def sampler(
@@ -199,6 +199,7 @@ def sampler(
 def train(
     paths=None, # a file, folder or pattern, or several of them; None takes the text that ships with the package
     out: str | Path | None = None, # run folder; None takes the next free name `run`, `run-2`, ...
+    held_out=(), # names of works to validate on, all the others being for training; none: the last tenth of each
     size: str | None = None, # `small`, `medium`, `large`; None chooses by the device's memory
     arch: str = "gpt2", # word of the architecture
     alphabet: str | None = None, # characters; `auto` learns them from the text; None takes the default 28
@@ -221,7 +222,7 @@ def train(
     config = TrainConfig(**RECIPES[recipe]["train"] | training)
     torch.manual_seed(config.seed)
     tokens = dict(tokenizer=tokenizer, alphabet=alphabet, vocab_size=vocab_size)
-    model, corpus = _start(paths, arch, size, tokens, init_from, shape, device)
+    model, corpus = _start(paths, held_out, arch, size, tokens, init_from, shape, device)
     if "batch_size" not in training and init_from is None:
         config.batch_size = find_model(arch).sizes[size or default_size(arch, device)]["batch_size"]
     loggers = [ProgressBar()] if progress is None else progress

@@ -220,20 +220,27 @@ def _encode(tokenizer, text):
     if hasattr(tokenizer, "encode_with_report"): return tokenizer.encode_with_report(text)
     return np.asarray(tokenizer.encode(text)), Report(len(text), len(text))
 
-def _build(source, tokenizer, folder=None):
+def _sides(name, ids, held_out):
+    "The training and the validation part of a work: nine tenths and one, or all of it on one side."
+    if not held_out: return split_work(ids)
+    return (ids[:0], ids) if name in held_out else (ids, ids[:0])
+
+def _build(source, tokenizer, folder=None, held_out=()):
     "Encode and split the works that `source()` yields as (name, path, text)."
     if folder is not None: os.makedirs(folder, exist_ok=True)
     paths = [Path(folder or "") / f".tmp-{os.getpid()}-{part}" for part in ("train", "val")]
     parts = [[] if folder is None else _TokenFile(p) for p in paths]
-    works, report, prints, joint = [], Report(), {}, _encode(tokenizer, "\n")[0]
+    works, report, prints, joint, begun = [], Report(), {}, _encode(tokenizer, "\n")[0], [False, False]
     for name, path, text in source():
         ids, done = _encode(tokenizer, text)
         if not len(ids): raise ValueError(f"{name}: nothing is left after normalisation; try --alphabet auto")
-        for part, piece in zip(parts, split_work(ids), strict=True):
-            if works: part.append(joint)
-            part.append(piece)
+        for i, piece in enumerate(_sides(name, ids, held_out)):
+            if len(piece): parts[i] += [joint, piece] if begun[i] else [piece]
+            begun[i] |= len(piece) > 0
         works.append(Work(name, len(ids) if isinstance(tokenizer, CharTokenizer) else len(text), path))
         report, prints[name] = report + done, fingerprints(text)
+    if unknown := set(held_out) - {w.name for w in works}:
+        raise ValueError(f"no work to hold out is called {min(unknown)!r}: there are {', '.join(w.name for w in works)}")
     if report.share > .05: warnings.warn(dropped_warning(report), stacklevel=3)
     for a, b in near_copies(prints): warnings.warn(f"{a} and {b} are nearly the same text: leave one out", stacklevel=3)
     train, val = (_join(part, joint.dtype) for part in parts)
@@ -241,7 +248,8 @@ def _build(source, tokenizer, folder=None):
     sha.update(val)
     if folder is not None:  # the files are named by what they hold
         for p in paths: os.replace(p, p.with_name(f"{sha.hexdigest()[:16]}-{p.name.split('-')[-1]}.bin"))
-    return Corpus(train, val, tokenizer, works, sha.hexdigest(), report)
+    kept = ", ".join(held_out) or "the last tenth of each work"
+    return Corpus(train, val, tokenizer, works, sha.hexdigest(), report, kept)
 
 # %% ../nbs/01_corpus.ipynb #e126b025
 MEMORY_LIMIT = 256 * 2**20  # bytes of source files that are still kept in memory
@@ -249,7 +257,9 @@ MEMORY_LIMIT = 256 * 2**20  # bytes of source files that are still kept in memor
 class _TokenFile:
     "A list of token arrays that lies in a file."
     def __init__(self, path): self.path, self.file = path, open(path, "wb")
-    def append(self, ids): self.file.write(np.ascontiguousarray(ids).tobytes())
+    def __iadd__(self, pieces):
+        for ids in pieces: self.file.write(np.ascontiguousarray(ids).tobytes())
+        return self
 
 def _join(pieces, dtype):
     "One array of the `pieces`, in memory or mapped from their file."
@@ -268,23 +278,25 @@ class Work:
 @dataclass
 class Corpus:
     "Tokens to train on, tokens to validate on, and where they came from."
-    train: np.ndarray  # `(N,)`, the first nine tenths of each work
-    val: np.ndarray  # `(M,)`, the last tenth of each work
+    train: np.ndarray  # `(N,)`, the first nine tenths of each work, or all works but those held out
+    val: np.ndarray  # `(M,)`, the last tenth of each work, or the works held out
     tokenizer: CharTokenizer  # the tokenizer of both
     works: list[Work]  # the texts, in order
     sha256: str  # of the two arrays, in hexadecimal
     report: Report = field(default_factory=Report)  # what normalisation changed and dropped
+    held_out: str = "the last tenth of each work"  # what the validation part is, in words
 
     @classmethod
     def from_texts(cls,
         texts: dict[str, str],  # the text of each work by its name
         tokenizer: CharTokenizer | None = None,  # None: made from `alphabet`
         alphabet: str = "default",  # "default": 28 characters, "auto": all that occur, else the characters themselves
+        held_out=(),  # names of works to validate on, all the others being for training; none: the last tenth of each
     ) -> "Corpus":
         "Build a corpus from strings, taken as they are."
         if not texts: raise ValueError("no texts given: a corpus needs at least one")
         items = [(name, None, text) for name, text in texts.items()]
-        return _build(lambda: items, tokenizer or choose_tokenizer(alphabet, texts.values()))
+        return _build(lambda: items, tokenizer or choose_tokenizer(alphabet, texts.values()), held_out=held_out)
 
     @classmethod
     def from_paths(cls,
@@ -293,6 +305,7 @@ class Corpus:
         alphabet: str = "default",  # "default": 28 characters, "auto": all that occur, else the characters themselves
         cache_dir: str | Path | None = None,  # where the token files of a large corpus go; None: ~/.cache/microjulia
         memory_limit: int = MEMORY_LIMIT,  # bytes of source files; with more the tokens go to files, mapped into memory
+        held_out=(),  # names of works to validate on, all the others being for training; none: the last tenth of each
     ) -> "Corpus":
         "Find, clean, encode and split text files."
         files = shipped_paths() if paths is None else find_texts(paths)
@@ -305,12 +318,12 @@ class Corpus:
         if not large: kept = list(works())
         source = works if large else lambda: kept
         tokenizer = tokenizer or choose_tokenizer(alphabet, (text for _, _, text in source()))
-        return _build(source, tokenizer, (cache_dir or Path.home() / ".cache" / "microjulia") if large else None)
+        return _build(source, tokenizer, (cache_dir or Path.home() / ".cache" / "microjulia") if large else None, held_out)
 
     def __str__(self):
         lines = [f"{len(self.works)} works, {sum(w.characters for w in self.works):,} characters, "
                  f"alphabet of {self.tokenizer.vocab_size}",
-                 f"train {len(self.train):,} tokens, validation {len(self.val):,} (the last tenth of each work)",
+                 f"train {len(self.train):,} tokens, validation {len(self.val):,} ({self.held_out})",
                  f"dropped {self.report.share:.1%} of the characters read, sha256 {self.sha256[:16]}"]
         return "\n".join(lines)
 

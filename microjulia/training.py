@@ -95,9 +95,10 @@ def lr_at(
     min_lr: float, # rate at the end
     warmup_iters: int, # steps of the linear rise
     schedule: str = "linear", # shape of the fall, 'linear' or 'cosine'
+    warmdown_ratio: float = 1., # share of the run in which the rate falls, its last part; before, it stays at the peak
 ) -> float: # learning rate of this step
-    "Linear warm-up, then a fall from `lr` to `min_lr`."
-    p = min(max(progress, 0.), 1.)
+    "Linear warm-up, then a fall from `lr` to `min_lr`, at once or after a plateau."
+    p = min(max(1 - (1 - progress) / warmdown_ratio, 0.), 1.)
     fall = (1 + math.cos(math.pi * p)) / 2 if schedule == "cosine" else 1 - p
     return min(1., (step + 1) / max(1, warmup_iters)) * (min_lr + fall * (lr - min_lr))
 
@@ -177,6 +178,7 @@ class TrainConfig:
     min_lr: float = 0.
     warmup_iters: int | None = None
     schedule: str = "linear"
+    warmdown_ratio: float = 1.
     optimizer: str = "muon"
     beta1: float = .9
     beta2: float = .95
@@ -194,7 +196,8 @@ class TrainConfig:
     def __post_init__(self):
         given = [f"{k}={v}" for k in ("steps", "epochs", "minutes") if (v := getattr(self, k)) is not None]
         if len(given) > 1: raise ValueError(f"{' and '.join(given)}: give one length, not several")
-        for name in ("steps", "epochs", "minutes", "batch_size", "grad_accum_steps", "lr", "evals", "log_interval"):
+        for name in ("steps", "epochs", "minutes", "batch_size", "grad_accum_steps", "lr", "evals", "log_interval",
+                     "warmdown_ratio"):
             v = getattr(self, name)
             if v is not None and not 0 < v < math.inf: raise ValueError(f"{name} is {v}: it must be above 0")
         for name, known in (("schedule", ("cosine", "linear")), ("optimizer", tuple(OPTIMIZERS)),
@@ -427,7 +430,7 @@ def lr(self: Trainer,
     "The learning rate of the next step."
     c, w = self.config, self.warmup()
     p = (self.step - w) / max(1, self.steps - w) if self.steps else self.progress()
-    return lr_at(self.step, p, peak, c.min_lr, w, c.schedule)
+    return lr_at(self.step, p, peak, c.min_lr, w, c.schedule, c.warmdown_ratio)
 
 # %% ../nbs/05_training.ipynb #610d0c59
 @patch
