@@ -264,6 +264,23 @@ def _copy(t, dtype=None):
     dtype = dtype if dtype and t.is_floating_point() else t.dtype
     return t.detach().to("cpu", dtype, copy=True).contiguous()
 
+_scale = ".scale"  # ends the name of the scales that belong to a matrix of small integers
+
+def _pack(tensors, dtype):
+    "What a file will hold: `tensors` in `dtype`; as `int8` each row of a matrix is in units of a 127th of its largest number."
+    if dtype is not torch.int8: return {n: _copy(t, dtype) for n, t in tensors.items()}
+    out = {n: _copy(t) for n, t in tensors.items()}
+    for n, t in tensors.items():
+        if t.dim() < 2 or not t.is_floating_point(): continue
+        out[n + _scale] = out[n].abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127  # (..., 1)
+        out[n] = (out[n] / out[n + _scale]).round().to(torch.int8)
+    return out
+
+def _unpack(tensors):
+    "The numbers that integers with scales stand for; other tensors as they are."
+    return {n: t * tensors[n + _scale] if n + _scale in tensors else t
+            for n, t in tensors.items() if not n.endswith(_scale) or n.removesuffix(_scale) not in tensors}
+
 def _plain(x):
     "`x` with null for NaN and the infinities, which JSON lacks."
     if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
@@ -283,13 +300,13 @@ def save_checkpoint(
     training_state: dict|None = None,  # `{'tensors': {name: tensor}, 'state': dict}`, to train on
     facts: dict|None = None,           # anything else in JSON; training notes `val_loss` here
     overwrite: bool = False,           # replace a checkpoint that is there
-    dtype: torch.dtype|None = None,    # store floating weights in this type; None keeps theirs
+    dtype: torch.dtype|None = None,    # store weights in this type, e.g. `torch.float16`, `torch.int8`; None keeps theirs
 ) -> Path:                             # the folder
     "Save `model` and `tokenizer` as a checkpoint folder, whole or not at all."
     model = getattr(model, "_orig_mod", model)  # inside what torch.compile wraps
     _check_vocab(path, tokenizer, model)
-    weights = {n: _copy(t, dtype) for n, t in _own(model).items()}
-    stored = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+    weights = _pack(_own(model), dtype)
+    stored = next((t.dtype for t in weights.values() if t.is_floating_point() or t.dtype is torch.int8), None)
     config = dict(
         format_version=FORMAT_VERSION, arch=model.arch, hyperparams=model.config.to_dict(),
         step=int(step), best_val_loss=None if best_val_loss is None else float(best_val_loss),
@@ -353,11 +370,14 @@ def _check_weights(path, config):
     file = path/"model.safetensors"
     found = _header(file)
     want = _outline(path/"config.json", config, len(found))
+    scales = {n: found.pop(n + _scale) for n in want if n + _scale in found and n in found and found[n][1] == "I8"}
     if lost := want.keys() - found.keys(): raise CheckpointError(f"{file}: lacks the tensor {min(lost)}")
     if more := found.keys() - want.keys(): raise CheckpointError(f"{file}: has the unknown tensor {min(more)}")
     for n, (shape, dtype) in found.items():
         if shape != (told := tuple(want[n].shape)):
             raise CheckpointError(f"{file}: {n} is {shape}, but config.json makes it {told}")
+        shape, dtype = scales.get(n, (told[:-1] + (1,), dtype))  # small integers are what their scales make of them
+        if shape != told[:-1] + (1,): raise CheckpointError(f"{file}: {n} needs a scale for each row, not {shape}")
         if want[n].is_floating_point() and dtype not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(f"{file}: {n} holds {dtype}, not floating-point numbers")
 
@@ -398,7 +418,7 @@ def load_checkpoint(
     tokenizer = load_tokenizer(path)
     with torch.random.fork_rng(devices=[]): model = build_model(config["arch"], config["hyperparams"])
     _check_vocab(path, tokenizer, model)
-    model.load_state_dict(load_file(path/"model.safetensors"), strict=False)  # names are checked
+    model.load_state_dict(_unpack(load_file(path/"model.safetensors")), strict=False)  # names are checked
     return Checkpoint(model.to(device).eval(), tokenizer, config, config["step"],
                       config["best_val_loss"], path, config["facts"])
 

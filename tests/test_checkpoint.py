@@ -96,6 +96,20 @@ def test_precision(tmp_path, dtype):
     for a, b in zip(got.parameters(), model.parameters(), strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b.to(dtype).float())
 
+def test_small_integers(tmp_path):
+    model = tiny()
+    with torch.no_grad(): model.wte.weight[3] = 0
+    path = save_checkpoint(tmp_path/"m", model, CharTokenizer(), dtype=torch.int8)
+    stored, got = load_file(path/"model.safetensors"), load_checkpoint(path).model.state_dict()
+    assert read_config(path)["precision"] == "int8"
+    for n, t in model.state_dict().items():
+        assert stored[n].dtype == (torch.int8 if t.dim() == 2 else torch.float32) and got[n].dtype == torch.float32
+        half_a_step = t.abs().amax(-1, keepdim=True) / 254 if t.dim() == 2 else 0.
+        assert ((got[n] - t).abs() <= half_a_step * 1.001).all()
+    again = save_checkpoint(tmp_path/"again", load_checkpoint(path).model, CharTokenizer(), dtype=torch.int8)
+    assert load_file(again/"model.safetensors").keys() == stored.keys()
+    assert all(torch.allclose(a.float(), stored[n].float()) for n, a in load_file(again/"model.safetensors").items())
+
 def test_training_state_round_trip(tmp_path):
     tensors = {"a": torch.arange(6.).reshape(2, 3).t(), "step": torch.tensor(3.), "n": torch.tensor(2)}
     base = torch.zeros(10)
@@ -372,7 +386,12 @@ def test_hostile_headers(folder, change):
     (lambda w: w.pop("ln_f.weight"), ["lacks", "ln_f.weight"]),
     (lambda w: w.update(extra=torch.zeros(1)), ["unknown", "extra"]),
     (lambda w: w.update({"wte.weight": torch.zeros(28, 9)}), ["wte.weight", "(28, 9)", "(28, 8)"]),
-    (lambda w: w.update({"wte.weight": torch.zeros(28, 8, dtype=torch.int8)}), ["wte.weight", "I8"])])
+    (lambda w: w.update({"wte.weight": torch.zeros(28, 8, dtype=torch.int8)}), ["wte.weight", "I8"]),
+    (lambda w: w.update({"wte.weight.scale": torch.zeros(28, 1)}), ["unknown", "wte.weight.scale"]),
+    (lambda w: w.update({"wte.weight": torch.zeros(28, 8, dtype=torch.int8), "wte.weight.scale": torch.zeros(28)}),
+     ["wte.weight", "scale for each row"]),
+    (lambda w: w.update({"wte.weight": torch.zeros(28, 8, dtype=torch.int8),
+                         "wte.weight.scale": torch.zeros(28, 1, dtype=torch.int8)}), ["wte.weight", "I8"])])
 def test_tensors_that_do_not_fit_are_named(folder, change, words):
     weights = load_file(folder/"model.safetensors")
     change(weights)
