@@ -1,7 +1,7 @@
 """Which shape and which training suit a CPU: candidates of the shipped model after equal times of the processor.
 
     python bench/recipes.py BOOKS                        # all candidates, the figures in bench/results/recipes.json
-    python bench/recipes.py BOOKS --only 3x192 4x256     # some of them; their rows replace the old ones
+    python bench/recipes.py BOOKS --only 4x192 "lr 0.01"   # some of them; their rows replace the old ones
 
 Each candidate trains for the same processor time of one thread (its speed, measured first, says how many steps that is), the
 learning rate falling to zero, on the works that are neither for choosing nor for the report; it is scored on the beginnings
@@ -27,20 +27,20 @@ REPORT = ["boethius_consolation_14328-8", "mill_on_liberty_34901-8", "plato_gorg
 
 BASE = dict(n_layer=4, n_head=4, n_embd=192, block_size=256)
 CANDIDATES = {  # name -> what differs from BASE in the shape, and from the default recipe in the training
-    "2x128, context 128": (dict(n_layer=2, n_embd=128, block_size=128), {}),
-    "4x128": (dict(n_embd=128), {}),
     "4x192": ({}, {}),
-    "6x192": (dict(n_layer=6), {}),
+    "4x128": (dict(n_embd=128), {}),
     "4x256": (dict(n_embd=256), {}),
-    "4x192, context 128": (dict(block_size=128), dict(batch_size=32)),
-    "4x192, batch 8": ({}, dict(batch_size=8)),
-    "4x192, batch 32": ({}, dict(batch_size=32)),
-    "4x192, lr 0.01": ({}, dict(lr=.01)),
-    "4x192, lr 0.04": ({}, dict(lr=.04)),
-    "4x192, dropout 0.1": (dict(dropout=.1), {}),
-    "4x192, AdamW": ({}, dict(optimizer="adamw")),
-    "4x192, 6 heads": (dict(n_head=6), {}),
-    "4x192, cosine": ({}, dict(schedule="cosine")),
+    "6x192": (dict(n_layer=6), {}),
+    "6 heads": (dict(n_head=6), {}),
+    "context 128": (dict(block_size=128), dict(batch_size=32)),
+    "lr 0.01": ({}, dict(lr=.01)),
+    "lr 0.04": ({}, dict(lr=.04)),
+    "batch 8": ({}, dict(batch_size=8)),
+    "batch 32": ({}, dict(batch_size=32)),
+    "dropout 0.1": (dict(dropout=.1), {}),
+    "AdamW": ({}, dict(optimizer="adamw")),
+    "cosine": ({}, dict(schedule="cosine")),
+    "plateau": ({}, dict(warmdown_ratio=.35)),
 }
 
 
@@ -76,7 +76,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("books", nargs="+", help="files, folders or patterns")
     p.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME")
-    p.add_argument("--minutes", type=float, default=4, help="of the processor, for each candidate")
+    p.add_argument("--minutes", type=float, default=2, help="of the processor, for each candidate")
     p.add_argument("--characters", type=int, default=60_000, help="scored of each work for choosing")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "recipes.json")
     args = p.parse_args()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'verb', 'add_verb', 'Parser', 'say', 'build_parser', 'main', 'demo', 'train', 'sampling', 'generate',
            'print_json', 'describe', 'chat', 'score', 'info', 'convert', 'corpus', 'list_books', 'get_books',
-           'clean_books', 'unique_names', 'serve', 'served', 'announce']
+           'clean_books', 'build_corpus', 'print_stats', 'unique_names', 'serve', 'served', 'announce']
 
 # %% ../nbs/41_cli.ipynb #b38377a0
 import argparse
@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -131,9 +132,10 @@ def demo(
 # %% ../nbs/41_cli.ipynb #19a86452
 @verb
 def train(
-    paths: list[str], # text files, folders or patterns
+    paths: list[str] = (), # text files, folders or patterns (default: for the recipe shipped, the books of the catalogue)
     *,
     out: str | None = None, # run folder (default: the next free name, run, run-2, ...)
+    held_out: list[str] | None = None, # name of a work to validate on (default: the last tenth of each); several times
     size: str | None = None, # small, medium or large (default: by the device's memory)
     arch: str = "gpt2", # architecture
     minutes: float | None = None, # length of the run in minutes
@@ -141,7 +143,7 @@ def train(
     epochs: float | None = None, # length of the run in passes through the text
     resume: bool = False, # go on with what the run folder holds
     init_from: str | None = None, # start from the weights and tokenizer of this checkpoint
-    recipe: str = "default", # default, or card to train exactly as the model card
+    recipe: str = "default", # default, card to train exactly as the model card, or shipped for the model of the package
     alphabet: str | None = None, # characters, or auto to learn them from the text (default: space, period, a-z)
     tokenizer: str = "chars", # chars, or bpe for word pieces learnt from the text
     vocab_size: int | None = None, # number of word pieces (default: 2000)
@@ -151,6 +153,7 @@ def train(
     block_size: int | None = None, # characters of context
     dropout: float | None = None, # share of activations dropped in training
     lr: float | None = None, # learning rate at its peak
+    warmdown_ratio: float | None = None, # share of the run, at its end, in which the rate falls
     batch_size: int | None = None, # windows in a step
     seed: int | None = None, # decides weights, batches and dropout
     compile: bool = False, # let torch.compile build faster code first
@@ -161,7 +164,8 @@ def train(
     options = dict(locals())
     for k in ("api", "paths"): options.pop(k)
     out = options["out"] = options["out"] or str(api.free_name("run"))
-    model = api.train(paths, **options)
+    if not paths and recipe != "shipped": raise ValueError("train needs text files, folders or patterns")
+    model = api.train(paths or None, **options)
     say(f"saved {out}: {model}, held out {describe(model)['best_bits_per_char']:.3f} bits per character")
 
 # %% ../nbs/41_cli.ipynb #114a646f
@@ -305,43 +309,75 @@ def convert(
 # %% ../nbs/41_cli.ipynb #e0a80eb3
 @verb
 def corpus(
-    action: str, # list, get or clean
-    words: list[str] = (), # for list and get: names or numbers of books, none for all; for clean: files, folders, patterns
+    action: str, # list, get, build, clean or stats
+    words: list[str] = (), # list, get: names or numbers of books, none for all; build: those or files; clean, stats: files, folders
     *,
     out: str | None = None, # folder for the texts (get has a default of its own)
     mirror: str | None = None, # where to get books (default: mirrors of Project Gutenberg, in turn)
-    alphabet: str | None = None, # clean: normalise to these characters, or default for the 28 (default: keep all)
+    hub: str | None = None, # get: the text files of this data set of the Hugging Face Hub, instead of books
+    alphabet: str | None = None, # build, clean: normalise to these characters, or default for the 28 (default: keep all)
+    json: bool = False, # stats: print the card as JSON
 ):
-    "The books: list the catalogue, get books of it, clean any text."
-    if action not in (actions := dict(list=list_books, get=get_books, clean=clean_books)):
-        raise ValueError(f"unknown action {action!r}: corpus list, corpus get or corpus clean")
-    actions[action](words, out, mirror, alphabet)
+    "The books: list the catalogue, get them, build a corpus of them, clean any text, count what is in it."
+    actions = dict(list=list_books, get=get_books, build=build_corpus, clean=clean_books, stats=print_stats)
+    if action not in actions:
+        raise ValueError(f"unknown action {action!r}: corpus list, corpus get, corpus build, corpus clean or corpus stats")
+    options = dict(out=out, mirror=mirror, hub=hub, alphabet=alphabet, json=json)
+    takes = inspect.signature(actions[action]).parameters
+    if wrong := [k for k, v in options.items() if v and k not in takes]:
+        raise ValueError(f"corpus {action} has no option --{wrong[0]}")
+    actions[action](list(words), **{k: v for k, v in options.items() if k in takes})
 
-def list_books(words, *_):
+def list_books(words):
     from microjulia.exchange.catalogue import find_books
-    for book in find_books(list(words) or None): print(book)
+    for book in find_books(words or None): print(book)
 
-def get_books(words, out, mirror, _):
-    from microjulia.exchange.catalogue import fetch_books
-    for path in fetch_books(list(words) or None, out, mirror, say=say): print(path)
+def get_books(words, out, mirror, hub):
+    from microjulia.exchange.catalogue import fetch_books, fetch_dataset
+    if hub and (words or mirror): raise ValueError("corpus get --hub takes no names of books and no mirror")
+    for path in fetch_dataset(hub, out) if hub else fetch_books(words or None, out, mirror, say=say): print(path)
 
-def clean_books(paths, out, _, alphabet):
+def clean_books(paths, out, alphabet):
     if not paths or out is None: raise ValueError("corpus clean needs files to clean and --out DIR, a new or empty folder")
     from microjulia import api
     folder = Path(out)
     api.check_out(folder, False)
-    texts = {p: api.read_work(p) for p in api.find_texts(paths)}
-    tokenizer = alphabet and api.choose_tokenizer(alphabet, texts.values())
+    files = api.find_texts(paths)
+    tokenizer = alphabet and api.choose_tokenizer(alphabet, (piece for p in files for piece in api.read_pieces(p)))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in unique_names(texts).items():
-        if tokenizer: text = tokenizer.normalize(text)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-        print(f"{len(text):>12,}  {folder / name}")
+    try:
+        for path, name in unique_names(files).items():
+            print(f"{_clean_to(folder / name, api.read_pieces(path), tokenizer):>12,}  {folder / name}", flush=True)
+    except BaseException:
+        shutil.rmtree(folder)  # half a corpus would look like one
+        raise
 
-def unique_names(texts: dict) -> dict: # file name -> text
-    "File names for texts by path; files of one name in two folders get their folder's name before them."
-    names = [p.name for p in texts]
-    return {(p.name if names.count(p.name) == 1 else f"{p.parent.name}-{p.name}"): t for p, t in texts.items()}
+def _clean_to(path, pieces, tokenizer):
+    "Write the `pieces` of a text to a file, normalised if there is a tokenizer; the number of characters."
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        return sum(file.write((tokenizer.normalize(p) if tokenizer else p) + "\n") - 1 for p in pieces)
+
+def build_corpus(words, out, mirror, alphabet):
+    from microjulia.corpus import Corpus
+    from microjulia.exchange.catalogue import fetch_books
+    from microjulia.exchange.datacard import card_markdown, data_card
+    if out is None: raise ValueError("corpus build needs --out DIR, a new or empty folder")
+    files = [w for w in words if Path(w).exists()]
+    names = [w for w in words if w not in files]
+    clean_books(files + [str(p) for p in (fetch_books(names or None, None, mirror, say=say) if names or not files else ())], out, alphabet)
+    (Path(out) / "README.md").write_text(card_markdown(data_card(Corpus.from_paths(str(Path(out) / "*.txt")))), encoding="utf-8")
+    print(Path(out) / "README.md")
+
+def print_stats(paths, json):
+    from microjulia.corpus import Corpus
+    from microjulia.exchange.datacard import card_markdown, data_card
+    card = data_card(Corpus.from_paths(paths or None))
+    print_json(card) if json else print(card_markdown(card), end="")
+
+def unique_names(paths: list) -> dict: # path -> file name
+    "File names for texts; files of one name in two folders get their folder's name before them."
+    names = [p.name for p in paths]
+    return {p: (p.name if names.count(p.name) == 1 else f"{p.parent.name}-{p.name}") for p in paths}
 
 # %% ../nbs/41_cli.ipynb #446d3f46
 @verb

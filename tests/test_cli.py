@@ -54,7 +54,7 @@ def checkpoint(desk): return sorted((desk / "m" / "checkpoints").iterdir())[-1]
 
 
 BAD = [
-    ("", "a verb is needed"), ("dance", "invalid choice: 'dance'"), ("train", "required: PATH"),
+    ("", "a verb is needed"), ("dance", "invalid choice: 'dance'"), ("train", "train needs text files"),
     ("train nowhere.txt", "nowhere.txt"), ("train empty.txt", "empty.txt"), ("train blank.txt", "blank.txt"),
     ("train picture.txt", "binary"), ("train short.txt", "at least 129"), ("train nothing", "nothing"),
     ("train *.nope", "nope"), ("train plato.txt --size huge", "known: small, medium, large"),
@@ -64,19 +64,21 @@ BAD = [
     ("train plato.txt --out m", "not empty"), ("train plato.txt --out plato.txt", "is a file"),
     ("train plato.txt --init-from m --alphabet abcX", "lacks 'X'"), ("train plato.txt --init-from m --n-embd 64", "own shape"),
     ("train plato.txt --init-from nowhere", "nowhere"), ("train plato.txt --device tpu9", "tpu9"),
-    ("generate virtue", "microjulia train"), ("generate virtue --model nowhere", "nowhere"),
+    ("generate virtue --model nowhere", "nowhere"),
     ("generate virtue --model plato.txt", "plato.txt"), ("generate virtue --model nothing", "nothing"),
     ("generate virtue --model pickled", "pickle"), ("generate virtue --model foreign", "foreign"),
     ("generate virtue --model cut", "cut"), ("generate virtue --model newer", "99"),
     ("generate 42 --model m", "nothing is left of the prompt"), ("generate virtue --model m --temperature -1", "temperature"),
     ("generate virtue --model m --top-p 2", "top_p"), ("generate virtue --model m --until noon", "sentence"),
     ("generate virtue --model m --frequency x", "unrecognized arguments"),
-    ("chat --model nowhere", "nowhere"), ("score plato.txt", "microjulia train"), ("score nowhere.txt --model m", "nowhere.txt"),
+    ("chat --model nowhere", "nowhere"), ("score nowhere.txt --model m", "nowhere.txt"),
     ("info", "info takes a folder"), ("info m --arch gpt2", "info takes a folder"), ("info --arch gpt2 --size huge", "huge"),
     ("convert m m --to hf", "already there"), ("convert nowhere x", "nowhere"), ("convert plato.txt x", "plato.txt"),
     ("corpus shred plato.txt --out o", "shred"), ("corpus clean plato.txt", "--out"), ("corpus list nobody", "nobody"),
     ("corpus get --mirror https://www.gutenberg.org", "gutenberg.org"),
-    ("corpus clean plato.txt --out m", "not empty"), ("corpus clean empty.txt --out o", "empty.txt"),
+    ("corpus list --hub x", "no option --hub"), ("corpus stats plato.txt --out o", "no option --out"), ("corpus build plato.txt", "--out"),
+    ("corpus get plato --hub x", "no names"), ("corpus build empty.txt --out o", "empty.txt"), ("corpus stats empty.txt", "empty.txt"),
+    ("train plato.txt --held-out ion", "'ion'"), ("corpus clean plato.txt --out m", "not empty"), ("corpus clean empty.txt --out o", "empty.txt"),
 ]
 
 

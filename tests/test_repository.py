@@ -195,6 +195,9 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     wheel = next(built.glob('*.whl'))
     assert wheel.name == f"microjulia-{CFG['version']}-py3-none-any.whl"
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
+    model = [i for i in zipfile.ZipFile(wheel).infolist() if i.filename.startswith('microjulia/data/model/')]
+    assert {i.filename.split('/')[-1] for i in model} >= {'model.safetensors', 'config.json', 'vocab.json', 'README.md'}
+    assert sum(i.compress_size for i in model) < 5_000_000
     assert inside == {p.relative_to(ROOT).as_posix() for p in (ROOT/'microjulia').rglob('*')
                       if p.is_file() and '__pycache__' not in p.parts}
     assert 'microjulia/py.typed' in inside and any(re.fullmatch(r'microjulia/data/text/\w+\.txt', n) for n in inside)

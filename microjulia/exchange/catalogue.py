@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIRRORS', 'USER_AGENT', 'PAUSE', 'MOST_BOOKS', 'Book', 'catalogue', 'find_books', 'layouts', 'open_answer',
            'describe', 'compare_text', 'DownloadError', 'Answer', 'http_get', 'Mirror', 'book_folder', 'fetch_books',
-           'make_catalogue', 'write_catalogue']
+           'fetch_dataset', 'make_catalogue', 'write_catalogue']
 
 # %% ../../nbs/exchange/22_catalogue.ipynb #b32160e3
 import hashlib
@@ -267,6 +267,23 @@ def _missing_line(missing, total, why):
     return (f"{len(missing)} of {total} books are missing ({names}): {why[0]}. The same call goes on where this one "
             "stopped, MICROJULIA_MIRROR names another mirror; without a network, use a folder of texts of your own or "
             "the text that ships with the package")
+
+# %% ../../nbs/exchange/22_catalogue.ipynb #f5223988
+def fetch_dataset(
+    repo_id: str,  # of a data set, e.g. 'LisaMegaWatts/philosophy-corpus'
+    folder: str | Path | None = None,  # where the files are put; None is a folder of your cache
+    revision: str | None = None,  # branch, tag or commit
+) -> list[Path]:  # the text files, in order of name
+    "Bring the text files of a data set of the Hugging Face Hub to a folder."
+    try: from huggingface_hub import snapshot_download
+    except ImportError: raise DownloadError("the Hub needs huggingface_hub: pip install it, or the package's extra [hub]") from None
+    folder = Path(folder).expanduser() if folder else book_folder().with_name(repo_id.replace("/", "--"))
+    try: snapshot_download(repo_id, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=["*.txt"])
+    except (ValueError, OSError, RuntimeError) as e:
+        raise DownloadError(f"{repo_id}: not downloaded ({' '.join(str(e).split())[:200]}); a folder of texts of your own will do") from None
+    paths = sorted(p for p in folder.rglob("*.txt") if ".cache" not in p.parts)
+    if not paths: raise DownloadError(f"{repo_id}: no *.txt file in this data set")
+    return paths
 
 # %% ../../nbs/exchange/22_catalogue.ipynb #0fdebdf2
 def make_catalogue(
