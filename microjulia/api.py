@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 
 from .checkpoint import load_checkpoint, resolve, save_checkpoint
-from .corpus import Corpus, NgramModel, choose_tokenizer, find_texts, read_pieces, read_work, shipped_paths
+from .corpus import Corpus, NgramModel, choose_tokenizer, find_texts, read_work, shipped_paths
 from .exchange.catalogue import fetch_books
 from .generation import Event, Generator, SamplingParams, encode_prompt, score as token_nats, score_summary
 from .gpt import build_model, config_for, find_model

@@ -310,7 +310,7 @@ def convert(
 @verb
 def corpus(
     action: str, # list, get, build, clean or stats
-    words: list[str] = (), # list, get: names or numbers of books, none for all; build: those or files; clean, stats: files, folders
+    words: list[str] = (), # list, get: names or numbers of books, none for all; build: also files; clean, stats: files
     *,
     out: str | None = None, # folder for the texts (get has a default of its own)
     mirror: str | None = None, # where to get books (default: mirrors of Project Gutenberg, in turn)
@@ -340,14 +340,15 @@ def get_books(words, out, mirror, hub):
 def clean_books(paths, out, alphabet):
     if not paths or out is None: raise ValueError("corpus clean needs files to clean and --out DIR, a new or empty folder")
     from microjulia import api
+    from microjulia.corpus import read_pieces
     folder = Path(out)
     api.check_out(folder, False)
     files = api.find_texts(paths)
-    tokenizer = alphabet and api.choose_tokenizer(alphabet, (piece for p in files for piece in api.read_pieces(p)))
+    tokenizer = alphabet and api.choose_tokenizer(alphabet, (piece for p in files for piece in read_pieces(p)))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for path, name in unique_names(files).items():
-            print(f"{_clean_to(folder / name, api.read_pieces(path), tokenizer):>12,}  {folder / name}", flush=True)
+            print(f"{_clean_to(folder / name, read_pieces(path), tokenizer):>12,}  {folder / name}", flush=True)
     except BaseException:
         shutil.rmtree(folder)  # half a corpus would look like one
         raise
@@ -364,7 +365,8 @@ def build_corpus(words, out, mirror, alphabet):
     if out is None: raise ValueError("corpus build needs --out DIR, a new or empty folder")
     files = [w for w in words if Path(w).exists()]
     names = [w for w in words if w not in files]
-    clean_books(files + [str(p) for p in (fetch_books(names or None, None, mirror, say=say) if names or not files else ())], out, alphabet)
+    books = fetch_books(names or None, None, mirror, say=say) if names or not files else []
+    clean_books([*files, *map(str, books)], out, alphabet)
     (Path(out) / "README.md").write_text(card_markdown(data_card(Corpus.from_paths(str(Path(out) / "*.txt")))), encoding="utf-8")
     print(Path(out) / "README.md")
 

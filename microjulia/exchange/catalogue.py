@@ -276,11 +276,12 @@ def fetch_dataset(
 ) -> list[Path]:  # the text files, in order of name
     "Bring the text files of a data set of the Hugging Face Hub to a folder."
     try: from huggingface_hub import snapshot_download
-    except ImportError: raise DownloadError("the Hub needs huggingface_hub: pip install it, or the package's extra [hub]") from None
+    except ImportError: raise DownloadError("the Hub needs huggingface_hub: pip install 'microjulia[hub]'") from None
     folder = Path(folder).expanduser() if folder else book_folder().with_name(repo_id.replace("/", "--"))
     try: snapshot_download(repo_id, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=["*.txt"])
     except (ValueError, OSError, RuntimeError) as e:
-        raise DownloadError(f"{repo_id}: not downloaded ({' '.join(str(e).split())[:200]}); a folder of texts of your own will do") from None
+        why = " ".join(str(e).split())[:200]
+        raise DownloadError(f"{repo_id}: not downloaded ({why}); a folder of texts of your own will do") from None
     paths = sorted(p for p in folder.rglob("*.txt") if ".cache" not in p.parts)
     if not paths: raise DownloadError(f"{repo_id}: no *.txt file in this data set")
     return paths

@@ -103,19 +103,21 @@ def data_card(
         works=[dict(name=w.name, characters=w.characters, bytes=w.path.stat().st_size if w.path else None) for w in corpus.works],
         characters=len(text), tokens=len(corpus.train) + len(corpus.val), alphabet=V, sha256=corpus.sha256,
         train=len(corpus.train), validation=len(corpus.val), held_out=corpus.held_out,
-        words=words.total(), different_words=len(words), letters_a_word=round(sum(map(len, words.elements())) / max(1, words.total()), 2),
+        words=words.total(), different_words=len(words),
+        letters_a_word=round(sum(len(w) * n for w, n in words.items()) / max(1, words.total()), 2),
         dropped=round(corpus.report.share, 4), dropped_most=dict(corpus.report.dropped.most_common(8)),
         commonest={c: round(n / len(text), 4) for c, n in Counter(text).most_common(8)},
         entropy_bits=[round(h, 3) for h in entropies(corpus.train, V)],
         overlaps=[dict(works=[a, b], share=round(s, 3)) for a, b, s in overlaps(texts)],
         longest_repeat=dict(characters=length, text=corpus.tokenizer.decode(corpus.train[at:at + length])))
 
-# %% ../../nbs/exchange/28_datacard.ipynb #1732052d
+# %% ../../nbs/exchange/28_datacard.ipynb #079ddb90
 def card_markdown(
     card: dict,  # from `data_card`
     title: str = "Data card",
 ) -> str:
     "A data card for readers."
+    pairs = "; ".join(f"{' and '.join(o['works'])} {o['share']:.0%}" for o in card["overlaps"]) or "none"
     listed = lambda d: ", ".join(f"{k!r} {v:,}" if isinstance(v, int) else f"{k!r} {v:.1%}" for k, v in d.items()) or "none"
     rows = [("works", len(card["works"])), ("characters", f"{card['characters']:,}"), ("alphabet", card["alphabet"]),
             ("training", f"{card['train']:,} tokens"), ("validation", f"{card['validation']:,} tokens: {card['held_out']}"),
@@ -125,7 +127,7 @@ def card_markdown(
             ("entropy, 1 to 5 characters", ", ".join(f"{h:.3f}" for h in card["entropy_bits"]) + " bits"),
             ("longest passage of the validation text in the training text", f"{card['longest_repeat']['characters']} characters: "
              f"“{card['longest_repeat']['text'].strip()}”"),
-            ("works with sentences in common", "; ".join(f"{' and '.join(o['works'])} {o['share']:.0%}" for o in card["overlaps"]) or "none"),
+            ("works with sentences in common", pairs),
             ("sha256 of the tokens", card["sha256"])]
     lines = [f"# {title}", "", "| | |", "|---|---|", *(f"| {k} | {str(v).replace('|', chr(92) + '|')} |" for k, v in rows), "",
              "| work | characters |", "|---|---:|", *(f"| {w['name']} | {w['characters']:,} |" for w in card["works"])]
