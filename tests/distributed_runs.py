@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from microjulia.checkpoint import step_paths
 from microjulia.corpus import Corpus
 from microjulia.generation import Generator, SamplingParams
 from microjulia.gpt import GPT, GPTConfig
@@ -67,12 +68,17 @@ def difference(a, b):
     return max(abs(x - y) for x, y in zip(a["train"] + a["eval"][-1:], b["train"] + b["eval"][-1:]))
 
 
-def wait_for_step(out, step, process, seconds=300):
-    "Wait until the run in `out` has logged `step`."
-    end, file = time.monotonic() + seconds, Path(out) / "metrics.jsonl"
-    while max((r["step"] for r in read_metrics(file)), default=0) < step:
+def logged(out):
+    "The steps in the metrics of the run in `out`."
+    return [r["step"] for r in read_metrics(Path(out) / "metrics.jsonl")]
+
+
+def wait_until(ready, process, seconds=300):
+    "Wait until `ready()`, as long as `process` runs."
+    end = time.monotonic() + seconds
+    while not ready():
         if process.poll() is not None: raise RuntimeError(f"the run ended: {process.communicate()[1]}")
-        if time.monotonic() > end: raise TimeoutError(f"step {step} has not come in {seconds} s")
+        if time.monotonic() > end: raise TimeoutError(f"nothing came in {seconds} s")
         time.sleep(.05)
 
 
@@ -82,24 +88,22 @@ def children(pid):
 
 
 def killed_worker(out, steps=120, after=25, evals=24, worker=1):
-    "Kill a worker of a run under `torchrun --max-restarts`: exit status, steps done twice, seconds until steps came again."
+    "Kill a worker of a run under `torchrun --max-restarts`: exit status, steps that are done again, seconds until it goes on."
     from microjulia.scaling.distributed import torchrun
     options = dict(paths=None, out=str(out), steps=steps, evals=evals, log_interval=1, eval_windows=16, resume=True, device="cpu",
                    n_layer=1, n_head=2, n_embd=16, block_size=16)
-    command = torchrun(2, 2, options)
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          text=True) as process:
-        wait_for_step(out, after, process)
-        os.kill(children(process.pid)[worker], signal.SIGKILL)
-        start, before = time.monotonic(), after
-        while process.poll() is None and (now := max((r["step"] for r in read_metrics(out / "metrics.jsonl")), default=0)) >= before:
-            before = now
-            time.sleep(.02)
-        resumed, restart = now, time.monotonic() - start
+    with subprocess.Popen(torchrun(2, 2, options), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: max(logged(out), default=0) >= after, process)
+        workers, start = children(process.pid), time.monotonic()
+        os.kill(workers[worker], signal.SIGKILL)
+        wait_until(lambda: not set(workers) & set(children(process.pid)), process)
+        before, saved = logged(out), step_paths(out)[-1]
+        wait_until(lambda: len(logged(out)) != len(before), process)
+        restart = time.monotonic() - start
         error = process.communicate(timeout=600)[1]
-    last = max(r["step"] for r in read_metrics(Path(out) / "metrics.jsonl"))
-    return dict(status=process.returncode, finished=last == steps, steps_lost=before - resumed, interval=steps // evals,
-                restart_s=restart, error=error)
+    return dict(status=process.returncode, finished=logged(out)[-1] == steps, steps_lost=before[-1] - int(saved.name[5:]),
+                interval=steps // evals, restart_s=restart, error=error)
 
 
 def main(folder):

@@ -31,8 +31,8 @@ from ..checkpoint import step_path
 from ..cli import run_verb
 from ..corpus import eval_windows
 from ..gpt import build_model
-from ..training import (Interrupted, Trainer, accumulation, free_bytes, get_device, get_dtype,
-                                 load_optimizer_tensors, optimizer_tensors, whole, window_losses)
+from ..training import (FORWARD, Interrupted, Trainer, accumulation, find_function, free_bytes, get_device,
+                                 get_dtype, load_optimizer_tensors, optimizer_tensors, whole, window_losses)
 
 # %% ../../nbs/scaling/52_distributed.ipynb #52a00010
 def rows_of(
@@ -56,8 +56,9 @@ def join(
     if dist.is_initialized(): return False
     if device.type == "cuda": torch.cuda.set_device(device)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # else a restart meets the addresses of the dead
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world_size)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")        # or a restart would find the addresses of the dead
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+                            store=dist.PrefixStore(attempt, store), rank=rank, world_size=world_size)
     return True
 
 def from_first(
@@ -90,7 +91,8 @@ class DistributedTrainer(Trainer):
         super().__init__(model, corpus, config, out, callbacks, sample_fn, device)
         self.rank, self.rows, self.agreed = rank, rows, 0.
         if rank: self.loggers = []
-        if not config.fsdp: self.forward = DistributedDataParallel(self.forward)
+        if not config.fsdp:
+            self.forward = find_function(FORWARD)(DistributedDataParallel(self.model), self.dtype, config.compile)
         pieces = accumulation(model.config, len(rows), free_bytes(device) // (1 if device.type == "cuda" else self.world_size))
         self.pieces = config.grad_accum_steps or int(self.agree(pieces)[0])
 
