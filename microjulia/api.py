@@ -262,6 +262,7 @@ def demo(
     progress=None, # a list of loggers; None takes a progress bar
 ) -> MicroJulia:
     "Train on the shipped text, compare with n-grams, save, and stream a continuation."
+    if launched(): raise ValueError("the demo is for one process: use train")
     out = Path(out) if out else free_name("demo")
     corpus = Corpus.from_paths()
     print(f"Text: {len(corpus.works)} works, {len(corpus.train) + len(corpus.val):,} characters; "

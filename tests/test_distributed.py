@@ -10,7 +10,7 @@ import torch
 
 from microjulia.checkpoint import newest_whole, read_config
 from microjulia.corpus import Corpus
-from microjulia.scaling.distributed import check_sharing, launch, rows_of, torchrun
+from microjulia.scaling.distributed import check_restarts, check_sharing, launch, rows_of, torchrun
 from microjulia.training import TrainConfig, launched, make_trainer, read_metrics
 
 torch.set_num_threads(1)
@@ -87,6 +87,24 @@ def test_one_process_does_not_shard():
 def test_fsdp_refuses_what_it_cannot_do(options, message):
     config = TrainConfig(fsdp=True, **options)
     with pytest.raises(ValueError, match=message): check_sharing(config, getattr(torch, config.dtype, torch.float32))
+
+
+def test_a_restart_that_would_not_go_on_is_refused(monkeypatch):
+    check_restarts(False)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="add --resume"): check_restarts(False)
+    check_restarts(True)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each"): check_restarts(True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [dict(), dict(fsdp=True, optimizer="adamw", dtype="float32")])
+def test_on_cuda(tmp_path, options):
+    out = launch(None, tmp_path / "run", nproc=min(2, torch.cuda.device_count()), steps=30, **TINY, **options)
+    assert launch(None, out, nproc=1, steps=40, resume=True, **TINY, **options) == out
+    assert read_metrics(out / "metrics.jsonl")[-1]["val_loss"] < 3.3
 
 
 def under_torchrun(*words, restarts=0, **variables):
