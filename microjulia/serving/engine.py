@@ -11,6 +11,7 @@ import asyncio
 import copy
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
 
@@ -346,10 +347,12 @@ class Engine(Generator):
         self._reading, self._writing = deque(), []                         # jobs with a prompt to read; those that go on
         self._slots, self._dropped = np.zeros(0, np.int64), []             # of `_writing`; jobs cancelled meanwhile
         self._id, self._at, self._left = (np.zeros(max_batch, np.int64) for _ in range(3))  # next id, its position, ids to make
-        self._lock, self._closed, self._woken = threading.Condition(), False, 0.0
+        self._lock, self._work, self._closed, self._woken = threading.RLock(), threading.Event(), False, 0.0
         self._steps, self._tokens, self._ended = 0, 0, Counter()
-        self._thread = threading.Thread(target=self._serve, name='engine', daemon=True)
+        me = weakref.ref(self)  # so that an engine that nobody uses any more can go, and its thread with it
+        self._thread = threading.Thread(target=_serve, args=(me, self._work), name='engine', daemon=True)
         self._thread.start()
+        weakref.finalize(self, _leave, me, self._work)
 
 # %% ../../nbs/serving/31_engine.ipynb #06b483d9
 @patch
@@ -366,7 +369,7 @@ def _events(self: Engine, context, text):
             raise QueueFull(f'{len(self._queue)} requests are waiting, and no more may: try again later')
         else:
             self._queue.append(job)
-            self._lock.notify()
+            self._work.set()
     return Stream(self, job)
 
 @patch
@@ -374,10 +377,11 @@ def _end(self: Engine, job, reason, error=None):
     "The last event of a job"
     job.text.finish_reason, job.error = reason, error
     if error is None: job.events.append(job.text.end())
-    if job.slot is not None:
-        del self._jobs[job.slot]
-        self._free.append(job.slot)
-    self._ended[reason] += 1
+    with self._lock:
+        if job.slot is not None:
+            del self._jobs[job.slot]
+            self._free.append(job.slot)
+        self._ended[reason] += 1
     job.done = True
     _wake([job])
 
@@ -452,10 +456,8 @@ def _scores(self: Engine, jobs, slots, pieces):
 # %% ../../nbs/serving/31_engine.ipynb #6c34d90f
 @patch
 def _turn(self: Engine) -> bool:
-    "One step for all; False when the engine was closed"
+    "One step for all; False if there is nothing to do"
     with self._lock:
-        self._lock.wait_for(lambda: self._queue or self._reading or self._writing or self._closed)
-        if self._closed: return False
         if self._dropped: self._drop()
         if self._queue: self._admit()
         pieces = self._pieces() if self._reading else []
@@ -464,7 +466,7 @@ def _turn(self: Engine) -> bool:
         sizes = np.array([1] * len(jobs) + [len(ids) for _, ids in pieces])
         jobs = jobs + [job for job, _ in pieces]
         slots = np.array([job.slot for job in jobs], np.int64)
-    if not jobs: return True
+    if not jobs: return False
     logits = self._scores(jobs, slots, [ids for _, ids in pieces])
     self._at[slots] += sizes
     if pieces:
@@ -524,23 +526,36 @@ def _sort_out(self: Engine, jobs):
 
 # %% ../../nbs/serving/31_engine.ipynb #7f4b4582
 @patch
-def _serve(self: Engine):
-    "What the thread does"
+def _work_off(self: Engine) -> bool:
+    "Go on until nothing is left to do; False once the engine is closed"
     why = 'the engine was closed before the text was whole'
     try:
-        while self._turn(): pass
+        while not self._closed and self._turn(): pass
+        if not self._closed: return True
     except BaseException as e: why = f'the engine stopped: {e!r}'
     with self._lock:
         self._closed = True
         for job in [*self._queue, *self._jobs.values()]: self._end(job, 'closed', EngineClosed(why))
         self._queue.clear()
+    return False
+
+def _serve(engine, work):
+    "What the thread does"
+    while work.wait() and (busy := engine()) is not None:
+        work.clear()
+        if not busy._work_off(): return
+        del busy
+
+def _leave(engine, work):
+    "Close the engine at the end of the program; let the thread see that it is gone before"
+    if (alive := engine()) is not None: alive.close()
+    work.set()
 
 @patch
 def close(self: Engine):
     "Stop; texts that are not whole end with `EngineClosed`"
-    with self._lock:
-        self._closed = True
-        self._lock.notify()
+    with self._lock: self._closed = True
+    self._work.set()
     if threading.current_thread() is not self._thread: self._thread.join()
 
 @patch
