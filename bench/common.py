@@ -31,9 +31,22 @@ def spread(values, digits=1):
                 range=[round(min(values), digits), round(max(values), digits)])
 
 
-def save(path, figures):
-    "Write `figures` as JSON and print them."
-    text = json.dumps(figures, indent=1, ensure_ascii=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text + "\n", encoding="utf-8")
-    print(text)
+def peak(f):
+    "Megabytes that `f()` takes at its peak, above what is there before."
+    def read(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    before = read("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    f()
+    return (read("VmHWM") - before) / 1024
+
+
+def save(path, figures, show=True):
+    "Write `figures` as JSON, whole or not at all, and print them."
+    path, text = Path(path), json.dumps(figures, indent=1, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, path)
+    if show: print(text)

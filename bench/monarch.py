@@ -17,22 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from common import machine, save
+from common import machine, peak, save
 
 C, HEADS, CONTEXTS = 256, {"Monarch": 8, "attention": 4}, (16, 64, 256, 1024, 4096, 16384)
 NAMES = "Monarch", "Monarch, realised", "attention", "attention, bare"
 REALISED_LIMIT = 4096  # at 16,384 the matrices alone would take 8.6 GB
-
-
-def peak(f):
-    "Megabytes that `f()` takes at its peak, above what is there before."
-    def read(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-    before = read("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    f()
-    return (read("VmHWM") - before) / 1024
 
 
 def median_ms(f, seconds=1.0, most=50):
