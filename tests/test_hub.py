@@ -5,7 +5,11 @@ import http.server
 import json
 import os
 import pickle
+import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -107,30 +111,92 @@ def test_byte_pairs(tmp_path):
     assert load_checkpoint(read_huggingface(path).save(tmp_path/"ours")).tokenizer == words
 
 
-def test_greedy_text_is_the_same_in_every_engine_here(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model, prompt = random_model(7), "virtue is "
-    path = write_huggingface(tmp_path/"hf", model, CharTokenizer())
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    "A model with something to say, the folder `transformers` opens, and what it says greedily."
+    model, prompt = random_model(0), "virtue is "
+    model.wpe.weight.data.mul_(20)  # else it says the same letter again and again
     ids = CharTokenizer().encode(prompt).tolist()
-    ours = CharTokenizer().decode(greedy(model, ids)[len(ids):])
+    said = CharTokenizer().decode(greedy(model, ids, 14)[len(ids):])
+    assert len(set(said)) > 6
+    return model, write_huggingface(tmp_path_factory.mktemp("talker")/"hf", model, CharTokenizer()), prompt, ids, said
+
+
+def test_transformers_says_the_same(talker):
+    transformers = pytest.importorskip("transformers")
+    _, path, _, ids, said = talker
     words, theirs = transformers.AutoTokenizer.from_pretrained(path), transformers.AutoModelForCausalLM.from_pretrained(path)
-    out = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
-    assert words.decode(out[0][len(ids):], skip_special_tokens=True) == ours
-    if not (ct2 := pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install ctranslate2")): return
+    out = theirs.generate(torch.tensor([ids]), max_new_tokens=14, do_sample=False)
+    assert words.decode(out[0][len(ids):], skip_special_tokens=True) == said
+
+
+def test_transformers_never_ends_where_a_z_would_stand(tmp_path):
+    "`<bos>` has the row of the last letter: were it not suppressed, every second z would end a text."
+    transformers = pytest.importorskip("transformers")
+    model = random_model(1)
+    model.lm_head.weight.data[:-1] = 0
+    model.ln_f.bias.data = model.lm_head.weight.data[-1] * 20
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(write_huggingface(tmp_path/"hf", model, CharTokenizer()))
+    torch.manual_seed(0)
+    out = theirs.generate(torch.tensor([[0, 1]] * 4), max_new_tokens=20)
+    assert out.shape == (4, 22) and (out[:, 2:] == 27).all()
+
+
+def test_transformers_serve_says_the_same(talker, tmp_path):
+    pytest.importorskip("transformers")
+    for package in ("fastapi", "uvicorn", "pydantic"):
+        pytest.importorskip(package, reason="transformers serve needs more: pip install 'transformers[serving]'")
+    openai = pytest.importorskip("openai")
+    _, path, prompt, _, said = talker
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", "--host", "127.0.0.1",
+               "--port", str(port), "--device", "cpu", "--dtype", "float32", str(path)]
+    env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path), OMP_NUM_THREADS="1")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    with (tmp_path/"log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
+        try:
+            deadline = time.monotonic() + 300
+            while True:
+                try:
+                    with socket.create_connection(("127.0.0.1", port)): break
+                except OSError:
+                    assert server.poll() is None and time.monotonic() < deadline, (tmp_path/"log").read_text()[-2000:]
+                    time.sleep(0.1)
+            chunks = client.chat.completions.create(model=str(path), messages=[dict(role="user", content=prompt)], stream=True,
+                                                    temperature=0, max_tokens=14)
+            text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        finally: server.kill()
+    assert text == said
+
+
+def test_ctranslate2_says_the_same(talker, tmp_path):
+    ct2 = pytest.importorskip("ctranslate2")
+    transformers = pytest.importorskip("transformers")
+    _, path, _, ids, said = talker
     ct2.converters.TransformersConverter(str(path)).convert(str(tmp_path/"ct2"))
     engine = ct2.Generator(str(tmp_path/"ct2"), compute_type="float32", inter_threads=1, intra_threads=1)
-    result = engine.generate_batch([words.convert_ids_to_tokens(ids)], max_length=12, sampling_topk=1, include_prompt_in_result=False)
-    assert "".join(result[0].sequences[0]) == ours
+    start = transformers.AutoTokenizer.from_pretrained(path).convert_ids_to_tokens(ids)
+    result = engine.generate_batch([start], max_length=14, sampling_topk=1, include_prompt_in_result=False)
+    assert "".join(result[0].sequences[0]) == said
 
 
-def test_llama_cpp(tmp_path):
-    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("alphabet", [None, " .aeiourstévκ√\n"])
+def test_llama_cpp_says_the_same(talker, alphabet, tmp_path):
+    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it takes minutes to build")
     pytest.importorskip("gguf")
-    model, prompt = random_model(7), "virtue is "
-    engine = llama.Llama(str(write_gguf(tmp_path/"m.gguf", model, CharTokenizer())), n_ctx=24, verbose=False)
-    ids = CharTokenizer().encode(prompt).tolist()
-    out = engine(prompt, max_tokens=12, temperature=0)["choices"][0]["text"]
-    assert out == CharTokenizer().decode(greedy(model, ids)[len(ids):])
+    model, _, prompt, ids, said = talker
+    words = CharTokenizer()
+    if alphabet:
+        words, prompt = CharTokenizer(alphabet), "évκ√ar"
+        model = random_model(0, vocab_size=words.vocab_size, bias=True)
+        model.wpe.weight.data.mul_(20)
+        ids = words.encode(prompt).tolist()
+        said = words.decode(greedy(model, ids, 14)[len(ids):])
+    engine = llama.Llama(str(write_gguf(tmp_path/"m.gguf", model, words)), n_ctx=24, verbose=False)
+    assert engine.tokenize(prompt.encode(), add_bos=False) == ids
+    assert engine(prompt, max_tokens=14, temperature=0)["choices"][0]["text"] == said
 
 
 @pytest.mark.parametrize("config", variants, ids=str)
