@@ -180,8 +180,8 @@ def write_huggingface(
     marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<bos>") if bos else {}
     put("tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
                                       model_max_length=model.config.block_size, **marks))
-    put("generation_config.json", dict(do_sample=True, temperature=0.8, top_k=40, max_new_tokens=min(200, model.config.block_size),
-                                       **(dict(suppress_tokens=[V]) if bos else {})))
+    drawn = dict(do_sample=True, temperature=0.8, top_k=40, max_new_tokens=min(200, model.config.block_size))
+    put("generation_config.json", drawn | (dict(suppress_tokens=[V]) if bos else {}))
     (path/"chat_template.jinja").write_text("{{ messages[-1]['content'] }}", encoding="utf-8")
     return path
 
