@@ -20,6 +20,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -301,7 +302,8 @@ def save_checkpoint(
     facts: dict|None = None,           # anything else in JSON; training notes `val_loss` here
     overwrite: bool = False,           # replace a checkpoint that is there
     dtype: torch.dtype|None = None,    # store weights in this type, e.g. `torch.float16`, `torch.int8`; None keeps theirs
-) -> Path:                             # the folder
+    later: bool = False,               # only take the copy, and return a function that writes it
+) -> Path:                             # the folder, or that function
     "Save `model` and `tokenizer` as a checkpoint folder, whole or not at all."
     model = getattr(model, "_orig_mod", model)  # inside what torch.compile wraps
     _check_vocab(path, tokenizer, model)
@@ -314,7 +316,8 @@ def save_checkpoint(
     if training_state is not None:
         tensors = {n: _copy(t) for n, t in training_state.get("tensors", {}).items()}
         training_state = {"tensors": tensors, "state": training_state.get("state", {})}
-    return _save_folder(path, weights, _plain(config), tokenizer, training_state, overwrite)
+    write = partial(_save_folder, path, weights, _plain(config), tokenizer, training_state, overwrite)
+    return write if later else write()
 
 # %% ../nbs/04_checkpoint.ipynb #353648e9
 def read_config(

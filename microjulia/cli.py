@@ -165,6 +165,9 @@ def train(
     optimizer: str | None = None, # muon, adamw or adam (default: muon)
     compile: bool = False, # let torch.compile build faster code first
     fsdp: bool = False, # share the weights out to the processes of torchrun
+    mirror: str | None = None, # folder for a verified copy of the run, on a mounted Drive say
+    track: str | None = None, # tensorboard, wandb or trackio, to follow the run there
+    other_text: bool = False, # resume although the text has changed
     device: str | None = None, # cpu, cuda, mps (default: the fastest)
 ):
     "Train a model on text."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'show_char', 'styled', 'plot_matrix', 'plot_mask', 'plot_attention', 'plot_heads', 'plot_coverage',
-           'plot_split', 'plot_params', 'plot_loss', 'plot_schedule', 'plot_next', 'plot_cut', 'plot_temperature',
-           'plot_surprise', 'plot_stream', 'pack', 'Html', 'surprise_html', 'attention_html', 'next_html', 'scrub_html',
-           'tree_html', 'encode_html']
+           'plot_split', 'plot_params', 'plot_loss', 'plot_schedule', 'plot_run', 'plot_next', 'plot_cut',
+           'plot_temperature', 'plot_surprise', 'plot_stream', 'pack', 'Html', 'surprise_html', 'attention_html',
+           'next_html', 'scrub_html', 'tree_html', 'encode_html']
 
 # %% ../nbs/08_viz.ipynb #44b9b47b
 import base64
@@ -258,6 +258,25 @@ def plot_schedule(
     ax.set(xlabel="step", ylabel="learning rate")
     ax.set_ylim(bottom=0)
     return ax
+
+# %% ../nbs/08_viz.ipynb #4eeb81ab
+def plot_run(
+    history: list,               # records of a run, as `metrics.jsonl` has them
+    baselines: dict|None = None, # name and bits per character of what to compare with
+) -> Figure:
+    "The whole state of a run: losses, learning rate, gradient norm, speed, the last sample."
+    figure = plt.figure(figsize=(7.5, 3.6), layout="constrained")
+    grid = figure.add_gridspec(3, 2, width_ratios=(2.4, 1))
+    plot_loss(history, baselines, figure.add_subplot(grid[:, 0]))
+    small = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
+    for row, (key, name) in enumerate(small):
+        ax = styled(figure.add_subplot(grid[row, 1]), title=name)
+        ax.plot(*_series(history, key), color=COLORS["train"], lw=1)
+        ax.set_ylim(bottom=0)
+        ax.tick_params(labelbottom=row == 2)
+    said = [r["text"] for r in history if r["kind"] == "sample"][-1:]
+    figure.supxlabel("".join(said)[:100], fontsize=9, color=_INK, family="monospace")
+    return figure
 
 # %% ../nbs/08_viz.ipynb #6ef00330
 def plot_next(

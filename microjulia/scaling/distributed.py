@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..api import free_name, train
-from ..checkpoint import step_path
 from ..cli import run_verb
 from ..corpus import eval_windows
 from ..gpt import build_model
@@ -90,7 +89,7 @@ class DistributedTrainer(Trainer):
         if config.fsdp: model = shard(model.to(device), device)
         super().__init__(model, corpus, config, out, callbacks, sample_fn, device)
         self.rank, self.rows, self.agreed = rank, rows, 0.
-        if rank: self.loggers = []
+        self.callbacks = [c for c in self.callbacks if getattr(c, "everywhere", not rank) and not getattr(c, "alone", False)]
         if not config.fsdp:
             self.forward = find_function(FORWARD)(DistributedDataParallel(self.model), self.dtype, config.compile)
         pieces = accumulation(model.config, len(rows), free_bytes(device) // (1 if device.type == "cuda" else self.world_size))
@@ -199,10 +198,9 @@ def gather(self: DistributedTrainer) -> tuple | None: # model and tensors, in th
 def save(self: DistributedTrainer, val_loss: float | None = None):
     "Write a checkpoint: the first process does, the others help to gather it."
     if self.rank == 0: return Trainer.save(self, val_loss)
-    if not self.out: return None
+    if not self.out: return
     self.gather()
-    self.saved_at = self.seconds()
-    return step_path(self.out, self.step)
+    self.saved_at, self.saved_step = self.seconds(), self.step
 
 @patch
 @contextmanager

@@ -52,7 +52,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        "One step of both halves."
+        "One step of both halves; none where `found_inf` is set to 1, as for the fused optimisers."
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             if group.get("muon"): self.muon_step(group)
@@ -61,18 +61,19 @@ class MuonAdamW(torch.optim.AdamW):
 
     def muon_step(self, group):
         "Move the matrices of one group, those of a shape together."
-        shapes = defaultdict(list)
+        shapes, bad = defaultdict(list), getattr(self, "found_inf", None)
         for p in group["params"]:
             if p.grad is not None: shapes[p.shape].append(p)
         for shape, params in shapes.items():
             averages = [self.momentum_of(p) for p in params]
-            grads = [p.grad for p in params]
+            grads = [p.grad if bad is None else torch.where(bad > 0, a, p.grad) for p, a in zip(params, averages)]
             torch._foreach_lerp_(averages, grads, 1 - self.momentum)
             torch._foreach_lerp_(grads, averages, self.momentum)            # Nesterov's look ahead
             rows, cols = shape[0] // group["parts"], shape[1]
             update = orthogonalize(torch.stack(grads).view(-1, rows, cols), dtype=self.dtype).view(-1, *shape)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(update), alpha=-group["lr"] * max(1, rows / cols) ** .5)
+            kept = 1. if bad is None else 1 - bad
+            torch._foreach_mul_(params, 1 - kept * group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(kept * update), alpha=-group["lr"] * max(1, rows / cols) ** .5)
             for p in params: p.grad = None
 
     def momentum_of(self, p):
