@@ -31,9 +31,10 @@ class MicroJulia:
     def __init__(self,
                  model, # any model of the family
                  tokenizer, # the tokenizer it was trained with
-                 facts: dict | None = None): # what its checkpoint says of it: `step`, `best_val_loss`, ...
+                 facts: dict | None = None, # what its checkpoint says of it: `step`, `best_val_loss`, ...
+                 dtype: str = "float32"): # how the compiled kernel stores weights: `float32`, `bfloat16` or `int8`
         self.model, self.tokenizer, self.facts = model.eval(), tokenizer, facts or {}
-        self.generator = Generator(model, tokenizer)
+        self.generator = Generator(model, tokenizer, dtype=dtype)
 
     def __repr__(self):
         c = self.model.config
@@ -54,11 +55,14 @@ def shipped_model() -> Path: # a checkpoint folder
 def load(
     path: str | Path | None = None, # a checkpoint folder or a run folder; None is the model that comes with the package
     device: str | torch.device | None = None, # None takes the fastest
+    dtype: str = "float32", # how the compiled kernel stores weights: `float32`, `bfloat16` or `int8`; see notebook 30
 ) -> MicroJulia:
-    "Open a saved model."
+    "Open a saved model, ready to write at once."
     saved = load_checkpoint(resolve(path or shipped_model()), device=get_device(device))
     facts = dict(step=saved.step, best_val_loss=saved.best_val_loss, facts=saved.facts)
-    return MicroJulia(saved.model, saved.tokenizer, facts)
+    model = MicroJulia(saved.model, saved.tokenizer, facts, dtype)
+    model.generator.prepare()
+    return model
 
 # %% ../nbs/40_api.ipynb #79159adf
 def _params(options):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log_probs', 'draw', 'SamplingParams', 'keep_top_k', 'keep_top_p', 'penalize', 'probabilities', 'sample',
-           'derive_seed', 'Sampler', 'StopMatcher', 'Event', 'Continuation', 'encode_prompt', 'evaluating', 'Generator',
-           'predictions', 'score', 'score_summary']
+           'derive_seed', 'Sampler', 'StopMatcher', 'Event', 'Continuation', 'encode_prompt', 'evaluating',
+           'model_fits', 'GraphStep', 'TorchWriter', 'Generator', 'fast_decoder', 'predictions', 'score',
+           'score_summary']
 
 # %% ../nbs/06_generation.ipynb #1ba6a5d7
 import math
@@ -13,6 +14,8 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -20,15 +23,16 @@ import torch
 from fastcore.basics import patch
 
 from .corpus import splitmix64, uniform
+from .gpt import GPT
 
 # %% ../nbs/06_generation.ipynb #fb0ec1d5
 def log_probs(
-    logits: np.ndarray,  # raw scores, `(V,)`
-) -> np.ndarray:  # natural logarithms of the probabilities, float64 `(V,)`
+    logits: np.ndarray,  # raw scores, `(V,)`, or several rows of them
+) -> np.ndarray:  # natural logarithms of the probabilities, float64, the same shape
     "Scores to log-probabilities, in float64"
     x = np.asarray(logits, dtype=np.float64)
-    x = x - x.max()
-    return x - np.log(np.exp(x).sum())
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 # %% ../nbs/06_generation.ipynb #b6cd284c
 def draw(
@@ -178,10 +182,16 @@ class Sampler:
     ) -> int:  # the chosen id
         "Choose the next token and remember it"
         id = sample(logits, self.params, self.counts, uniform(self.seed, self.position), self.seen)
+        self.note(id)
+        return id
+
+    def note(self,
+        id: int,  # the token of this position
+    ):
+        "Remember a choice"
         self.position += 1
         self.counts[id] += 1
         self.seen[id] = True
-        return id
 
 # %% ../nbs/06_generation.ipynb #d738155f
 class StopMatcher:
@@ -195,6 +205,7 @@ class StopMatcher:
         piece: str,  # the next piece of text
     ) -> tuple[str, bool]:  # text that is safe to show; whether a stop string was completed
         "Add a piece; the text from a stop string on is gone"
+        if not self.stop: return piece, False
         text = self.held + piece
         found = [(at + len(s), at) for s in self.stop if (at := text.find(s)) >= 0]
         if found:  # the one completed first, so that it does not matter how the text was cut
@@ -219,7 +230,8 @@ class Event(NamedTuple):
     finish_reason: str | None = None   # 'stop' or 'length' in the last event
 
 def _alternatives(logp, k, tokenizer):
-    likeliest = np.argsort(-logp, kind='stable')[:k or 0]
+    if not k: return ()
+    likeliest = np.argsort(-logp, kind='stable')[:k]
     return tuple((tokenizer.decode([i]), int(i), float(logp[i])) for i in likeliest)
 
 class Continuation:
@@ -232,6 +244,7 @@ class Continuation:
         self.params, self.tokenizer = params, tokenizer
         self.sampler, self.matcher = Sampler(params, tokenizer.vocab_size, prompt), StopMatcher(params.stop)
         self.length, self.partial = 0, []  # tokens so far; those whose text is not whole: a letter can take several
+        self.pieces = {}                   # text of tokens that are whole by themselves, as far as seen
         self.finish_reason = None if params.max_new_tokens > 0 else 'length'
 
     def step(self,
@@ -245,13 +258,19 @@ class Continuation:
         logits: np.ndarray,  # the raw scores it was chosen from, `(V,)`
     ) -> Event:
         "Go on with a chosen token"
+        return self.put(id, log_probs(logits))
+
+    def put(self,
+        id: int,  # as for `take`
+        logp: np.ndarray,  # `log_probs` of the scores, `(V,)`
+    ) -> Event:
+        "`take` for those who have the log-probabilities already"
         self.length += 1
         piece = self._text(id)
         end = self._sentence_end(piece)
         text, stopped = self.matcher.push(piece[:end])
         if stopped or end: self.finish_reason = 'stop'
         elif self.length >= self.params.max_new_tokens: self.finish_reason = 'length'
-        logp = log_probs(logits)
         return Event(text, id, float(logp[id]), _alternatives(logp, self.params.logprobs, self.tokenizer))
 
     def end(self) -> Event:
@@ -260,9 +279,11 @@ class Continuation:
         return Event(text + self.matcher.flush(), finish_reason=self.finish_reason)
 
     def _text(self, id):
+        if not self.partial and id in self.pieces: return self.pieces[id]
         self.partial.append(id)
         text = self.tokenizer.decode(self.partial)
         if text.endswith('\ufffd') and len(self.partial) < 4: return ''
+        if len(self.partial) == 1: self.pieces[id] = text
         self.partial = []
         return text
 
@@ -294,15 +315,96 @@ def evaluating(
         for m in training: m.training = True
 
 # %% ../nbs/06_generation.ipynb #e30b765c
+def model_fits(
+    model,  # any model
+) -> bool:
+    "Whether it is a `GPT` as notebook 03 has it, and nobody looks inside: its step may be computed another way"
+    watched = lambda m: m._forward_hooks or m._forward_pre_hooks or getattr(m, 'observe', None)
+    return type(model) is GPT and not any(map(watched, model.modules()))
+
+class GraphStep:
+    "One step of a `GPT` on a GPU, recorded once and played again for each token"
+    def __init__(self,
+        model,  # on a GPU
+    ):
+        self.model, self.cache = model, model.new_cache(1)
+        self.id, self.length = (torch.zeros(s, dtype=torch.long, device=model.wte.weight.device) for s in ((1, 1), 1))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.inference_mode():
+            for _ in range(3): self._step()  # what is set up at first use must not be recorded
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), torch.inference_mode(): self.logits = self._step()
+
+    def _step(self):
+        self.cache.length = self.length  # a tensor: its value is read when the graph is played
+        with evaluating(self.model): return self.model(self.id, self.cache)
+
+    def start(self):  # the cache, empty
+        "Begin a text, whose first ids are read without the graph"
+        self.cache.length = 0
+        return self.cache
+
+    def __call__(self,
+        id: int,  # to be read
+        position: int,  # its place
+    ) -> torch.Tensor:  # logits, `(1, 1, V)`, overwritten by the next call
+        "Play the step"
+        self.id.fill_(id)
+        self.length.fill_(position)
+        self.graph.replay()
+        return self.logits
+
+# %% ../nbs/06_generation.ipynb #8d9d57de
+class TorchWriter:
+    "Reads and writes one text with PyTorch"
+    def __init__(self,
+        model,  # keeps the contract: `forward(ids, cache)`, `new_cache(batch_size)`
+        vocab_size: int,  # tokens that may be chosen: the first of the model's
+    ):
+        self.model, self.V, self.device = model, vocab_size, next(model.parameters()).device
+        self.one, self.cache, self.graph = torch.zeros((1, 1), dtype=torch.long, device=self.device), None, None
+        if self.device.type == 'cuda' and model_fits(model): self.graph = GraphStep(model)
+
+    @torch.inference_mode()
+    def read(self,
+        ids: list,  # at least one
+        position: int,  # where the first goes; 0 forgets what was there
+    ) -> np.ndarray:  # scores for the token after the last, float32 `(V,)`
+        "Read `ids` behind those read before"
+        if self.graph and position and len(ids) == 1: return self._scores(self.graph(ids[0], position))
+        if position == 0: self.cache = self.graph.start() if self.graph else self.model.new_cache(1)
+        x = self.one.fill_(ids[0]) if len(ids) == 1 else torch.tensor([ids], device=self.device)
+        with evaluating(self.model): return self._scores(self.model(x, self.cache))
+
+    def _scores(self, logits): return logits[0, -1, :self.V].float().cpu().numpy()
+
+    def write(self,
+        ids: list,  # not yet read
+        position: int,  # where the first of them goes
+        sampler: Sampler,  # of the text
+        limit: int,  # the most tokens that are wanted
+    ) -> tuple[list, np.ndarray]:  # the tokens chosen, at least one, and their scores, one row each
+        "Read `ids`, choose a token"
+        logits = self.read(ids, position)
+        return [sampler(logits)], logits[None]
+
+# %% ../nbs/06_generation.ipynb #e4b5f79c
 class Generator:
     "A model that continues texts, one at a time"
+    ahead = 16  # tokens that a fast writer may write before the first of them is handed on
+
     def __init__(self,
         model,  # keeps the contract: `forward(ids, cache)`, `new_cache(batch_size)`, `config.block_size`
         tokenizer,  # its tokenizer
         slide: str = 'anchor',  # past the window: 'anchor' keeps half and goes on, 'exact' recomputes all
+        fast: bool = True,  # use the compiled kernel where it fits; PyTorch always works
+        dtype: str = 'float32',  # how the kernel stores the weights: 'float32', 'bfloat16' or 'int8'
     ):
         if slide not in ('anchor', 'exact'): raise ValueError(f"slide must be 'anchor' or 'exact', not {slide!r}")
-        self.model, self.tokenizer, self.slide = model, tokenizer, slide
+        self.model, self.tokenizer, self.slide, self.fast, self.dtype = model, tokenizer, slide, fast, dtype
+        self._idle, self._weights, self._decoder = [], None, None
 
     @property
     def block_size(self) -> int: return self.model.config.block_size
@@ -320,26 +422,57 @@ class Generator:
         return self._events(ids.tolist(), Continuation(ids, params or SamplingParams(), self.tokenizer))
 
     def _events(self, context, text):
-        unread, cache = context, self.model.new_cache(1)
-        while text.finish_reason is None:
-            event = text.step(self._logits(unread, cache))
-            yield event
-            context.append(event.id)
-            unread = [event.id]
-            if len(context) > self.block_size: context, unread, cache = self._slide(context)
+        writer, unread, position, ahead = self._writer(), context, 0, 1
+        try:
+            while text.finish_reason is None:
+                room = self.block_size - position - len(unread) + 1  # the last one chosen need not be read
+                limit = min(ahead, room, text.params.max_new_tokens - text.length)
+                ids, logits = writer.write(unread, position, text.sampler, limit)
+                for id, logp in zip(ids, log_probs(logits)):
+                    yield text.put(id, logp)
+                    if text.finish_reason: break
+                position += len(unread) + len(ids) - 1
+                context, unread, ahead = context + ids, ids[-1:], min(2 * ahead, self.ahead)
+                if position == self.block_size: context, position = self._kept(context), 0
+                if position == 0: unread = context
+        finally: self._idle.append(writer)
         yield text.end()
 
-    def _slide(self, context):
-        if self.slide == 'exact': return context[-self.block_size:], context[-self.block_size:], None
-        kept = context[-max(1, self.block_size // 2):]
-        return kept, kept, self.model.new_cache(1)
+    def _kept(self, context):
+        "The part of a text longer than the window that is read again"
+        return context[-(self.block_size if self.slide == 'exact' else max(1, self.block_size // 2)):]
 
-    @torch.inference_mode()
-    def _logits(self, ids, cache):
-        device = next(self.model.parameters()).device
-        x = torch.full((1, 1), ids[0], device=device) if len(ids) == 1 else torch.tensor([ids], device=device)
-        with evaluating(self.model): logits = self.model(x, cache)[0, -1]  # (V,)
-        return logits[:self.tokenizer.vocab_size].float().cpu().numpy()
+
+# %% ../nbs/06_generation.ipynb #1c8be493
+def fast_decoder(
+    model,  # any model
+    slots: int = 1,  # texts that can run together
+    dtype: str = 'float32',  # how weights are stored: 'float32', 'bfloat16' or 'int8'
+):  # the `FastDecoder` of the kernel, or None
+    "The compiled decoder for `model`, or None where it does not fit or Numba is not installed"
+    kernel = import_module('microjulia.serving.kernel') if find_spec('numba') and model_fits(model) else None
+    if kernel and kernel.supports(model): return kernel.FastDecoder(model, slots, dtype)
+    if dtype == 'float32': return None
+    raise ValueError(f"dtype={dtype!r} is for a GPT in float32 on the CPU, with Numba: pip install 'microjulia[fast]'")
+
+@patch
+def _writer(self: Generator):
+    "One that is idle, or a new one; all are new where the model has changed since"
+    weights = model_fits(self.model), [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+    if weights != self._weights:
+        self._idle, self._weights, self._decoder = [], weights, None
+        if self.fast: self._decoder = fast_decoder(self.model, dtype=self.dtype)
+    try: return self._idle.pop()
+    except IndexError: pass
+    return self._decoder.fresh() if self._decoder else TorchWriter(self.model, self.tokenizer.vocab_size)
+
+@patch
+def prepare(self: Generator) -> Generator:
+    "Load or compile what the first text would wait for"
+    writer = self._writer()
+    writer.write([0] * min(2, self.block_size), 0, Sampler(SamplingParams(), self.tokenizer.vocab_size), 1)
+    self._idle.append(writer)
+    return self
 
 @patch
 def generate(self: Generator,
@@ -349,7 +482,7 @@ def generate(self: Generator,
 ) -> str:  # the continuation, without the prompt
     "Continue a text"
     params = replace(params or SamplingParams(), **changes)
-    return ''.join(e.text for e in self.stream(encode_prompt(self.tokenizer, prompt), params))
+    return ''.join([e.text for e in self.stream(encode_prompt(self.tokenizer, prompt), params)])
 
 # %% ../nbs/06_generation.ipynb #e49c13a1
 def predictions(

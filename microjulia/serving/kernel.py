@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['LANES', 'WIDTH', 'ROWS', 'DTYPES', 'load_floats', 'load_repeated', 'make_tile', 'compiled', 'matmul', 'n_panels',
-           'pack', 'exp32', 'State', 'Weights', 'strips', 'forward', 'supports', 'FastDecoder']
+           'pack', 'exp32', 'State', 'Weights', 'strips', 'forward', 'supports', 'FastDecoder', 'fast_uniform',
+           'choice_of', 'is_common', 'choose']
 
 # %% ../../nbs/serving/30_kernel.ipynb #a70da74c
+import math
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 try:
@@ -21,6 +25,7 @@ try:
 except ImportError: ir = njit = None  # `supports` then says no
 
 from ..attention import CausalSelfAttention
+from ..generation import Sampler, SamplingParams, model_fits
 from ..gpt import GPT, FeedForward, TransformerBlock
 
 # %% ../../nbs/serving/30_kernel.ipynb #988be438
@@ -294,12 +299,11 @@ def supports(
     model,  # any model
 ) -> bool:
     "Whether the kernel computes what this model does."
-    if njit is None or type(model) is not GPT: return False
+    if njit is None or not model_fits(model): return False
     parts = list(model.modules())
-    watched = any(m._forward_hooks or m._forward_pre_hooks or getattr(m, "observe", None) for m in parts)
     bent = any(isinstance(m, nn.GELU) and m.approximate != "tanh" for m in parts)
     plain = all(p.device.type == "cpu" and p.dtype is torch.float32 for p in model.parameters())
-    return plain and not watched and not bent and {type(m) for m in parts} <= _PARTS
+    return plain and not bent and {type(m) for m in parts} <= _PARTS
 
 # %% ../../nbs/serving/30_kernel.ipynb #5c5dc8c6
 @compiled()
@@ -321,12 +325,19 @@ class FastDecoder:
         if not supports(model): raise ValueError("the kernel computes a GPT in float32 on the CPU, without hooks; use PyTorch")
         c, self.slots, self.dtype, self.rows = model.config, slots, dtype, rows
         self.weights, self.eps = strips(model, dtype), np.float32(c.norm_eps)
+        self.zero, self.room = np.zeros(1, np.int64), np.empty((2, c.vocab_size))
         self.sizes, self.limits = (c.n_layer, c.n_head, c.n_embd, c.vocab_size), (c.vocab_size, slots, c.block_size)
         hs, C, P = c.n_embd // c.n_head, n_panels(c.n_embd) * WIDTH, n_panels(c.block_size)
         pad, wide = -(-hs // (2 * LANES)) * 2 * LANES, max(n_panels(4 * c.n_embd), n_panels(c.vocab_size)) * WIDTH
-        self.state = State(*(np.zeros(shape, np.float32) for shape in (
-            (c.n_layer, slots, c.n_head, P, hs, WIDTH), (c.n_layer, slots, c.n_head, c.block_size, pad),
-            (rows, C), (rows, C), (rows, wide), P * WIDTH, pad)))
+        self.shapes = ((c.n_layer, slots, c.n_head, P, hs, WIDTH), (c.n_layer, slots, c.n_head, c.block_size, pad),
+                       (rows, C), (rows, C), (rows, wide), P * WIDTH, pad)
+        self.state = State(*(np.zeros(shape, np.float32) for shape in self.shapes))
+
+    def fresh(self) -> "FastDecoder": # for another thread or text
+        "The same weights with an empty cache."
+        other = copy(self)
+        other.state = State(*(np.zeros(shape, np.float32) for shape in self.shapes))
+        return other
 
     def step(self,
         ids,  # whole numbers, `(n,)`
@@ -349,3 +360,119 @@ class FastDecoder:
     def nbytes(self) -> int: # bytes
         "Memory of the cache."
         return self.state.keys.nbytes + self.state.values.nbytes
+
+# %% ../../nbs/serving/30_kernel.ipynb #4f9c15b7
+@compiled()
+def _mix(x):  # `splitmix64`
+    x += np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+@compiled()
+def fast_uniform(
+    seed,  # uint64
+    position,  # whole number
+):  # in [0, 1)
+    "`uniform` of the corpus, compiled"
+    return (_mix(_mix(seed) ^ np.uint64(position)) >> np.uint64(11)) * 2.0**-53
+
+# %% ../../nbs/serving/30_kernel.ipynb #98c36a64
+def choice_of(
+    params: SamplingParams,
+) -> tuple: # temperature, top_k, top_p, min_p
+    "The settings that `choose` takes."
+    return float(params.temperature), int(min(params.top_k, 2**31)), float(params.top_p), float(params.min_p)
+
+def is_common(
+    params: SamplingParams,
+) -> bool:
+    "Whether `choice_of` is all that shapes the choice."
+    p = params
+    return not (p.logit_bias or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
+
+_CLOSE = 1e-9  # of a probability: far more than rounding, so rare that it costs nothing
+
+@compiled()
+def _cut_p(y, p, top_p):  # False if too close to call
+    order, before = np.argsort(-p, kind="mergesort"), 0.
+    for j, i in enumerate(order):
+        if j and abs(before - top_p) < _CLOSE: return False
+        if j and before > top_p:
+            last = order[j - 1]
+            sure = y[i] == y[last] or p[last] - p[i] > _CLOSE * p[last]
+            for k in order[j:]: p[k] = 0
+            return sure
+        before += p[i]
+    return True
+
+@compiled()
+def choose(
+    logits,  # float32 `(V,)`
+    u,  # uniform in [0, 1)
+    choice,  # temperature, top_k, top_p, min_p, from `choice_of`
+    y, p,  # room for float64 `(V,)`
+):  # an id, or -1 where it is too close to call
+    "The choice that `sample` makes"
+    (temperature, top_k, top_p, min_p), V, best = choice, len(logits), 0
+    for i in range(V):
+        if not np.isfinite(logits[i]): return -1
+        if logits[i] > logits[best]: best = i
+    if temperature == 0: return best
+    for i in range(V): y[i] = (np.float64(logits[i]) - np.float64(logits[best])) / temperature
+    if 0 < top_k < V:
+        limit = np.sort(y[:V])[V - top_k]
+        for i in range(V):
+            if y[i] < limit: y[i] = -np.inf
+    total = 0.
+    for i in range(V):
+        p[i] = math.exp(y[i])
+        total += p[i]
+    for i in range(V): p[i] /= total
+    if top_p < 1 and not _cut_p(y[:V], p[:V], top_p): return -1
+    return _draw(y, p, V, u, min_p, p[best])
+
+@compiled()
+def _draw(y, p, V, u, min_p, highest):
+    total, line = 0., 0.
+    for i in range(V):
+        if y[i] < 0 and abs(p[i] - min_p * highest) < _CLOSE * min_p * highest: return -1
+        if p[i] < min_p * highest: p[i] = 0
+        total += p[i]
+    for i in range(V):
+        line += p[i] / total
+        if abs(line - u) < _CLOSE: return -1
+        if line > u: return i
+    return -1
+
+# %% ../../nbs/serving/30_kernel.ipynb #1e108074
+@compiled()
+def _write(ids, slots, positions, rows, choice, seed, at, V, room, weights, s, sizes, eps):
+    for i in range(len(rows)):
+        forward(ids[i:i + 1], slots, positions[i:i + 1], weights, s, sizes, eps, rows[i:i + 1])
+        id = choose(rows[i, :V], fast_uniform(seed, at + i), choice, room[0], room[1])
+        if id < 0: return i
+        ids[i + 1] = id
+    return len(rows)
+
+@patch
+def write(self: FastDecoder,
+    ids: list,  # not yet read
+    position: int,  # where the first of them goes
+    sampler: Sampler,  # of the text
+    limit: int,  # the most tokens that are wanted
+) -> tuple[list, np.ndarray]: # the tokens chosen, at least one, and their scores, one row each
+    "Read `ids` into slot 0 and go on for up to `limit` tokens."
+    V, n, read = len(sampler.counts), len(ids) - 1, lambda ids: self.step(ids, [0] * len(ids), position + np.arange(len(ids)))
+    if not is_common(sampler.params):
+        logits = read(ids)[-1:, :V]
+        return [sampler(logits[0])], logits
+    if n: read(ids[:-1])
+    chosen, at = np.empty(limit + 1, np.int64), np.arange(position + n, position + n + limit)
+    chosen[0], rows = ids[-1], np.empty((limit, self.limits[0]), np.float32)
+    m = _write(chosen, self.zero, at, rows, choice_of(sampler.params), np.uint64(sampler.seed), sampler.position, V,
+               self.room, self.weights, self.state, self.sizes, self.eps)
+    out = chosen[1:m + 1].tolist()
+    for id in out: sampler.note(id)
+    if m < limit: out, m = out + [sampler(rows[m, :V])], m + 1
+    return out, rows[:m, :V]
