@@ -1,17 +1,26 @@
-"""Training against nanoGPT: characters per second, and the time to a loss.
+"""Training against nanoGPT and Hugging Face: characters per second, and the time to a loss.
 
     python bench/train.py --nanogpt PATH                            # characters per second, the small size
     python bench/train.py --nanogpt PATH --size large --rounds 3
     python bench/train.py --nanogpt PATH --quality TEXT             # time to the loss that nanoGPT's recipe ends at
+    python bench/train.py --sweep TEXT                              # what the recipe was chosen by, on another split
+    python bench/train.py --nanogpt PATH --quality TEXT --table     # on a GPU: the whole table, under 8 minutes
 
 PATH is a checkout of karpathy/nanoGPT. Contenders take turns in one process on the same tokens, batch and shape; a ratio is
-the median over the rounds of the ratio within a round. `nanoGPT` is its code as its train.py runs it on this device;
-`nanoGPT bf16` has autocast switched on where the processor has bfloat16, as its users could do too. Of ours, `adamw float32`
-against nanoGPT is what the code gains, `adamw` against that what the number format gains, and `muon` what one of its steps
-costs. With `--quality`, both train to the end of their recipes on the first nine tenths of TEXT, in turns, and are measured
-on all windows of the last tenth, outside the clock.
+the median over the rounds of the ratio within a round. `nanoGPT` is its code as its train.py runs it on this device (float32
+on a CPU, bfloat16 on a GPU that has it); `nanoGPT bf16` has autocast switched on on a CPU, as its users could do; `HF` is
+GPT2LMHeadModel. Of ours, `float32` and `bf16` are AdamW in two number formats, `muon` is the default recipe and `nanochat` the
+rates, momentum and schedule of karpathy/nanochat (its embedding rate scaled to our start) on this model and orthogonalisation.
+
+With `--quality`, all train to the end of their recipes on the first nine tenths of TEXT, in turns, measured twenty times on
+fixed windows of the last tenth inside the clock, and once on all windows after it. Two factors come apart: the code (nanoGPT's
+recipe, its code against ours) and the recipe (our code, nanoGPT's recipe against ours). `--sweep` trains on the first nine tenths
+of those nine tenths and measures on the rest, so that what it chooses has not seen the text of `--quality`. Both append to
+their result file, run by run, and leave out what it already holds.
 """
 import argparse
+import json
+import math
 import statistics
 import sys
 import time
@@ -27,20 +36,21 @@ from microjulia.gpt import GPT, GPTConfig, config_for
 from microjulia.tokenizer import CharTokenizer
 from microjulia.training import TrainConfig, Trainer, evaluate, get_device, get_dtype, lr_at
 
+NANOGPT = dict(optimizer="adamw", lr=1e-3, min_lr=1e-4, schedule="cosine", warmup_iters=100, beta2=.99)
+WINDOWS, PARTS = 64, 20                                       # windows of an evaluation inside the clock; evaluations
 
-class NanoGPT:
-    "nanoGPT's model and optimiser with the loop of its train.py: random windows, cosine, clipping."
-    def __init__(self, path, tokens, shape, batch_size, device, steps=2000, lr=1e-3, bf16=False, compile=False, seed=0):
-        if str(path) not in sys.path: sys.path.insert(0, str(path))
-        import model as nano
+
+class Peer:
+    "A peer's model with the loop of nanoGPT's train.py: random windows, cosine, clipping."
+    def __init__(self, build, bench, bf16=False, compile=False, seed=0):
         torch.manual_seed(seed)
-        self.model = nano.GPT(nano.GPTConfig(**shape, dropout=0., bias=False)).to(device)
+        self.model, self.optimizer = build(bench)
         self.forward = torch.compile(self.model) if compile else self.model
-        self.optimizer = self.model.configure_optimizers(.1, lr, (.9, .99), device.type)
-        self.tokens, self.T, self.B, self.device, self.steps, self.lr, self.step = tokens, shape["block_size"], batch_size, device, steps, lr, 0
-        on = device.type == "cuda" or bf16
-        self.context = torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
-        self.random = torch.Generator().manual_seed(seed)
+        self.tokens, self.T, self.B, self.device = bench.corpus.train, bench.shape["block_size"], bench.batch_size, bench.device
+        self.steps, self.step, self.random = bench.nano_steps, 0, torch.Generator().manual_seed(seed)
+        dtype = bench.fast if self.device.type == "cuda" else torch.bfloat16 if bf16 else torch.float32
+        self.context = lambda: nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
 
     def batch(self):
         starts = torch.randint(len(self.tokens) - self.T, (self.B,), generator=self.random)
@@ -51,34 +61,87 @@ class NanoGPT:
 
     def train_step(self):
         x, y = self.batch()
-        warm = 100
-        rate = lr_at(self.step, (self.step - warm) / max(1, self.steps - warm), self.lr, self.lr / 10, warm, "cosine")
+        warm = NANOGPT["warmup_iters"]
+        rate = lr_at(self.step, (self.step - warm) / max(1, self.steps - warm), 1e-3, 1e-4, warm, "cosine")
         for group in self.optimizer.param_groups: group["lr"] = rate
-        with self.context: _, loss = self.forward(x, y)
-        loss.backward()
+        with self.context(): _, loss = self.forward(x, y)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss
 
-    def val_loss(self, tokens, windows):
-        logits = lambda ids: self.model(ids, ids)[0]
+    def val_loss(self, tokens, windows=None, exact=False):
+        logits = lambda ids: self.model(ids.contiguous(), ids.contiguous())[0]
         logits.training, logits.eval, logits.train = False, lambda: self.model.eval(), lambda _: self.model.train()
-        return evaluate(logits, tokens, self.T, windows, 64, self.device)
+        with nullcontext() if exact else self.context(): return evaluate(logits, tokens, self.T, windows or len(tokens) // self.T, 64, self.device)
+
+
+def nanogpt(path):
+    "Builds nanoGPT's model and optimiser from the checkout at `path`."
+    def build(bench):
+        if str(path) not in sys.path: sys.path.insert(0, str(path))
+        import model as nano
+        model = nano.GPT(nano.GPTConfig(**bench.shape, dropout=bench.dropout, bias=False)).to(bench.device)
+        return model, model.configure_optimizers(.1, 1e-3, (.9, .99), bench.device.type)
+    return build
+
+
+def hugging_face(bench):
+    "Hugging Face's GPT-2 of the same shape, in nanoGPT's loop."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    s, p = bench.shape, bench.dropout
+    config = GPT2Config(vocab_size=s["vocab_size"], n_positions=s["block_size"], n_embd=s["n_embd"], n_layer=s["n_layer"],
+                        n_head=s["n_head"], resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, use_cache=False)
+    class Model(GPT2LMHeadModel):
+        def forward(self, ids, targets):
+            logits = super().forward(ids).logits
+            return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    model = Model(config).to(bench.device)
+    return model, torch.optim.AdamW(model.parameters(), 1e-3, (.9, .99), weight_decay=.1, fused=True)
 
 
 class Ours(Trainer):
-    "Our trainer with the same interface."
-    def val_loss(self, tokens, windows): return evaluate(self.model, tokens, self.block_size, windows, 64, self.device)
+    "Our trainer with the interface of `Peer`."
+    def __init__(self, bench, seed=0, steps=None, zero=False, tune=None, **config):
+        torch.manual_seed(seed)
+        config = TrainConfig(**dict(steps=steps or bench.our_steps, batch_size=bench.batch_size, seed=seed) | config)
+        super().__init__(GPT(GPTConfig(**bench.shape, dropout=bench.dropout)), bench.corpus, config, device=bench.device)
+        if zero:
+            for b in self.model.blocks: torch.nn.init.zeros_(b.attn.proj.weight), torch.nn.init.zeros_(b.ffwd.net[2].weight)
+        if tune: tune(self)
+        self.model.train()
+
+    def val_loss(self, tokens, windows=None, exact=False):
+        dtype = torch.float32 if exact else self.dtype
+        return evaluate(self.model, tokens, self.block_size, windows or len(tokens) // self.block_size, 64, self.device, dtype=dtype)
 
 
-def ours(corpus, shape, batch_size, device, seed=0, steps=10**6, **config):
-    torch.manual_seed(seed)
-    config = TrainConfig(steps=steps, batch_size=batch_size, seed=seed, **config)
-    trainer = Ours(GPT(GPTConfig(**shape)), corpus, config, device=device)
-    trainer.model.train()
-    return trainer
+class Nanochat(Ours):
+    "nanochat's recipe: rates by part, momentum that moves, a long way down."
+    def __init__(self, bench, **config):
+        super().__init__(bench, grad_clip=0., warmup_iters=40, beta1=.8, beta2=.96, weight_decay=0., **config)
+        scale = (bench.shape["n_embd"] / 768) ** -.5
+        peaks = {"wte": .3 * scale * .02 / .8, "wpe": .3 * scale * .02 / .8, "lm_head": .008 * scale}
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        vectors = [p for g in self.optimizer.param_groups if not g.get("muon") for p in g["params"]]
+        keep = [g for g in self.optimizer.param_groups if g.get("muon")]
+        like = next(g for g in self.optimizer.param_groups if not g.get("muon"))
+        new = [like | dict(params=[p], peak=peaks.get(names[id(p)].split(".")[0], .5 * .01), eps=1e-10, weight_decay=0.) for p in vectors]
+        self.optimizer.param_groups[:] = keep + new
+
+    def lr(self, peak):
+        left = (self.steps - self.step) / (.65 * self.steps)
+        return peak * min(1., (self.step + 1) / 40, left + (1 - left) * .05)
+
+    def train_step(self):
+        down = max(0., 1 - (self.steps - self.step) / (.65 * self.steps))
+        up = .85 + .12 * min(1., self.step / 400)
+        self.optimizer.momentum = up if down == 0 else .97 + down * (.90 - .97)
+        return super().train_step()
 
 
 def clocked(contender, steps):
@@ -94,82 +157,193 @@ def matmul_peak(device, dtype, n=2048, rounds=5):
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     def once():
         start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        return time.perf_counter() - start
+        for _ in range(repeat): c = a @ b
+        c[0, 0].item()
+        return (time.perf_counter() - start) / repeat
+    repeat = 50 if device.type == "cuda" else 1
     return 2 * n**3 / min(once() for _ in range(rounds + 1))
 
 
-def speed(args, corpus, shape, batch_size, device):
+class Bench:
+    "One measurement: device, corpus, shape, and the contenders by name."
+    def __init__(self, args, corpus):
+        self.args, self.corpus, self.device = args, corpus, get_device(args.device)
+        config = config_for("gpt2", args.size)
+        self.shape = {k: getattr(config, k) for k in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")}
+        self.batch_size = 16 if self.device.type == "cpu" else GPT.sizes[args.size]["batch_size"]
+        self.fast, gpu = get_dtype(self.device), self.device.type == "cuda"
+        self.nano_steps = args.nano_steps or (5000 if args.size == "large" else 2000)
+        self.our_steps = args.our_steps or (1500 if args.size == "large" else 500)
+        self.dropout = .2 if gpu and args.quality else 0.
+
+    def contenders(self, racing=False):
+        "Name -> what makes it from a seed."
+        peer = lambda build, **k: lambda seed: Peer(build, self, seed=seed, **k)
+        mine = lambda kind=Ours, **k: lambda seed: kind(self, seed=seed, **k)
+        path, gpu = nanogpt(self.args.nanogpt), self.device.type == "cuda"
+        found = {"nanoGPT": peer(path), "float32": mine(optimizer="adamw", dtype="float32"), "bf16": mine(optimizer="adamw"),
+                 "muon": mine(), "nanochat": mine(Nanochat), "same recipe": mine(**NANOGPT, steps=self.nano_steps),
+                 "nanoGPT compiled": peer(path, compile=True), "muon compiled": mine(compile=True), "HF": peer(hugging_face)}
+        if not gpu: found["nanoGPT bf16"] = peer(path, bf16=True)
+        if gpu: found |= {"muon float16": mine(dtype="float16", graph=True), "muon graph": mine(graph=True),
+                          "muon graph compiled": mine(graph=True, compile=True)}
+        if self.args.only: return {k: v for k, v in found.items() if k in ("nanoGPT", *self.args.only)}
+        drop = set() if self.args.quality else {"same recipe"}
+        if racing: drop = {"float32", "bf16", "HF", "nanoGPT bf16", "muon float16"} | (set() if not gpu else {"nanoGPT", "same recipe", "nanochat", "muon", "muon compiled"})
+        return {k: v for k, v in found.items() if k not in drop and (self.args.compile or "compiled" not in k)}
+
+    def flops(self):
+        "Floating point operations of training on one character."
+        s = self.shape
+        return 6 * (12 * s["n_layer"] * s["n_embd"]**2 + s["vocab_size"] * s["n_embd"]) + 12 * s["n_layer"] * s["n_embd"] * s["block_size"]
+
+
+def speed(bench):
     "Characters per second of all contenders, in turns."
-    fast = get_dtype(device)
-    make = {"nanoGPT": lambda: NanoGPT(args.nanogpt, corpus.train, shape, batch_size, device),
-            "adamw float32": lambda: ours(corpus, shape, batch_size, device, optimizer="adamw", dtype="float32"),
-            "adamw": lambda: ours(corpus, shape, batch_size, device, optimizer="adamw"),
-            "muon": lambda: ours(corpus, shape, batch_size, device)}
-    if fast is torch.bfloat16: make["nanoGPT bf16"] = lambda: NanoGPT(args.nanogpt, corpus.train, shape, batch_size, device, bf16=True)
-    if args.compile:
-        make["nanoGPT compiled"] = lambda: NanoGPT(args.nanogpt, corpus.train, shape, batch_size, device, compile=True)
-        make["muon compiled"] = lambda: ours(corpus, shape, batch_size, device, compile=True)
-    contenders = {name: f() for name, f in make.items()}
-    for c in contenders.values(): clocked(c, 3)
-    rounds = []
-    for r in range(args.rounds):
-        rounds.append({name: clocked(c, args.steps) for name, c in contenders.items()})
-        print(f"round {r}:", {k: round(args.steps * batch_size * shape["block_size"] / v) for k, v in rounds[-1].items()}, flush=True)
-    n = args.steps * batch_size * shape["block_size"]
-    c = GPTConfig(**shape)
-    flops = 6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
-    peak = {str(d).removeprefix("torch."): matmul_peak(device, d) for d in {torch.float32, fast}}
-    return dict(shape=shape, batch_size=batch_size, matmul_peak={k: round(v / 1e9, 1) for k, v in peak.items()}, contenders={
-        name: dict(chars_per_s=spread([n / r[name] for r in rounds], 0),
-                   times_nanogpt=spread([r["nanoGPT"] / r[name] for r in rounds], 2),
-                   gflops=round(flops * n / statistics.median(r[name] for r in rounds) / 1e9, 1)) for name in contenders})
+    n, contenders, rounds = bench.args.steps * bench.batch_size * bench.shape["block_size"], {}, []
+    for name, make in bench.contenders().items():
+        if name == "same recipe": continue
+        contenders[name] = make(0)
+        clocked(contenders[name], 3)
+    for r in range(bench.args.rounds):
+        rounds.append({name: clocked(c, bench.args.steps) for name, c in contenders.items()})
+        print(f"round {r}:", {k: round(n / v) for k, v in rounds[-1].items()}, flush=True)
+    peak = {d: matmul_peak(bench.device, d) for d in {torch.float32, bench.fast}}
+    full = lambda name: name in ("float32", "HF") or name.startswith("nanoGPT") and "bf16" not in name
+    dtype = lambda name: torch.float32 if full(name) and bench.device.type == "cpu" else bench.fast
+    times = lambda a, b: spread([r[a] / r[b] for r in rounds], 2)
+    found = {name: dict(chars_per_s=spread([n / r[name] for r in rounds], 0), times_nanogpt=times("nanoGPT", name),
+                        ms_per_step=round(1e3 * statistics.median(r[name] for r in rounds) / bench.args.steps, 2),
+                        share_of_peak=round(bench.flops() * n / statistics.median(r[name] for r in rounds) / peak[dtype(name)], 2))
+             for name in contenders}
+    pairs = {"code, float32": ("nanoGPT", "float32"), "number format": ("float32", "bf16"), "a step of Muon": ("bf16", "muon"),
+             "code, both bf16": ("nanoGPT bf16", "bf16")}
+    return dict(matmul_peak_gflops={str(k).removeprefix("torch."): round(v / 1e9) for k, v in peak.items()}, contenders=found,
+                factors={k: times(*p) for k, p in pairs.items() if {*p} <= {*contenders}})
 
 
-def quality(args, corpus, shape, batch_size, device):
-    "Time until our recipe has the loss that nanoGPT's recipe has at its end, in turns, for several seeds."
-    rows = []
-    for seed in range(args.seeds):
-        nano = NanoGPT(args.nanogpt, corpus.train, shape, batch_size, device, steps=args.nano_steps, seed=seed)
-        mine = ours(corpus, shape, batch_size, device, seed=seed, steps=args.our_steps)
-        times, parts = {nano: 0., mine: 0.}, 20
-        for _ in range(parts):
-            for c, total in ((nano, args.nano_steps), (mine, args.our_steps)): times[c] += clocked(c, total // parts)
-        losses = {c: c.val_loss(corpus.val, 10**9) for c in times}
-        rows.append(dict(seed=seed, nanogpt=dict(steps=nano.step, seconds=round(times[nano], 1), val_loss=round(losses[nano], 4)),
-                         ours=dict(steps=mine.step, seconds=round(times[mine], 1), val_loss=round(losses[mine], 4)),
-                         reached=losses[mine] <= losses[nano], times_quicker=round(times[nano] / times[mine], 2)))
-        print(rows[-1], flush=True)
-    return dict(shape=shape, batch_size=batch_size, text=args.quality.name, characters=len(corpus.train) + len(corpus.val), runs=rows)
+def race(bench, seed):
+    "All contenders to the end of their recipes, in turns; each with its seconds and losses."
+    make, val = bench.contenders(racing=True), bench.corpus.val
+    racers = {name: f(seed) for name, f in make.items()}
+    rows = {name: dict(steps=c.steps, evals=[], seconds=0.) for name, c in racers.items()}
+    for name, c in racers.items():
+        if "compiled" in name: rows[name]["compilation"] = round(clocked(make[name](seed), 2), 1)
+    for part in range(1, PARTS + 1):
+        for name, c in racers.items():
+            start, row = time.perf_counter(), rows[name]
+            clocked(c, c.steps * part // PARTS - c.step)
+            loss = c.val_loss(val, WINDOWS)
+            row["seconds"] += time.perf_counter() - start
+            row["evals"].append((round(row["seconds"], 2), round(loss, 4)))
+    for name, c in racers.items():
+        rows[name] |= dict(seconds=round(rows[name]["seconds"], 1), val_loss=round(c.val_loss(val, exact=True), 4))
+    return rows
+
+
+def verdict(rows):
+    "How much quicker ours reached the loss of nanoGPT, and by which factor; each at its fastest."
+    theirs, mine = ("nanoGPT compiled", "muon graph compiled") if "muon graph compiled" in rows else ("nanoGPT", "muon")
+    best = min(loss for _, loss in rows[theirs]["evals"])
+    at = next((s for s, loss in rows[mine]["evals"] if loss <= best), None)
+    quicker = lambda a, b: round(rows[a]["seconds"] / rows[b]["seconds"], 2)
+    found = dict(theirs=theirs, ours=mine, reached=rows[mine]["val_loss"] <= rows[theirs]["val_loss"], times_quicker=quicker(theirs, mine),
+                 best_loss_of_theirs=best, reached_by_ours_after_s=at)
+    if "same recipe" in rows: found |= dict(code=quicker(theirs, "same recipe"), recipe=quicker("same recipe", mine))
+    return found
+
+
+def quality(bench, head, out):
+    "Race for every seed that `out` lacks."
+    held = json.loads(out.read_text()) if out.exists() else head | dict(runs=[])
+    for seed in range(bench.args.seeds):
+        if any(r["seed"] == seed for r in held["runs"]): continue
+        rows = race(bench, seed)
+        held["runs"].append(dict(seed=seed, **verdict(rows), contenders=rows))
+        save(out, held)
+    return held
+
+
+def variants():
+    "What the sweep tries: name -> arguments of `Ours`."
+    def part(share):
+        def tune(t):
+            top = t.optimizer.param_groups[0]["peak"]
+            for g in t.optimizer.param_groups:
+                if not g.get("muon"): g["peak"] = share * top
+        return dict(tune=tune)
+    def set_(**values): return dict(tune=lambda t: [setattr(t.optimizer, k, v) for k, v in values.items()])
+    found = {"as it is": {}, "zero-initialised": dict(zero=True)}
+    found |= {f"lr {lr}": dict(lr=lr) for lr in (.01, .015, .03, .04)}
+    found |= {f"AdamW part {s}": part(s) for s in (.2, .8, 1.5)}
+    found |= {f"rounds {k}": set_(rounds=k) for k in (2, 3, 4)}
+    found |= {f"momentum {m}": set_(momentum=m) for m in (.9, .97)}
+    found |= {f"warm-up {w}": dict(warmup_iters=w) for w in (10, 100)}
+    found |= {"weight decay 0": dict(weight_decay=0.), "no clipping": dict(grad_clip=0.), "beta2 0.99": dict(beta2=.99),
+              "batch 8, twice the steps": dict(batch_size=8, steps=-2), "nanochat": dict(kind=Nanochat)}
+    found |= {f"AdamW {lr}": dict(optimizer="adamw", lr=lr) for lr in (.002, .004, .006, .01)}
+    return found
+
+
+def sweep(bench, head, out):
+    "The loss of every variant at the same number of characters, for each seed, as far as `out` lacks them."
+    held = json.loads(out.read_text()) if out.exists() else head | dict(steps=bench.our_steps, variants={})
+    for seed in range(bench.args.seeds):
+        for name, change in variants().items():
+            losses, change = held["variants"].setdefault(name, []), dict(change)
+            if len(losses) > seed or bench.args.only and name not in bench.args.only: continue
+            steps = change.pop("steps", -1) * -bench.our_steps
+            t = change.pop("kind", Ours)(bench, seed=seed, steps=steps, **change)
+            start = time.process_time()
+            clocked(t, steps)
+            losses.append(dict(val_loss=round(t.val_loss(bench.corpus.val, exact=True), 4),
+                               cpu_s=round(time.process_time() - start, 1)))
+            print(name, losses[-1], flush=True)
+            out.write_text(json.dumps(held, indent=1) + "\n")
+    return held
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
+    p.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     p.add_argument("--size", default="small", choices=["small", "large"])
+    p.add_argument("--device", help="cpu, cuda, ...; the fastest there is without it")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--steps", type=int, default=20, help="steps of each contender in a round")
     p.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice without it")
     p.add_argument("--compile", action="store_true", help="add the compiled contenders")
-    p.add_argument("--quality", type=Path, metavar="TEXT", help="measure the time to a loss on this text instead")
+    p.add_argument("--only", nargs="+", help="these contenders beside nanoGPT, or these variants of a sweep")
+    p.add_argument("--quality", type=Path, metavar="TEXT", help="measure the time to a loss on this text")
+    p.add_argument("--sweep", type=Path, metavar="TEXT", help="try variants of the recipe on this text")
+    p.add_argument("--table", action="store_true", help="speed and quality of the large size, one seed, compiled: for a GPU")
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--nano-steps", type=int, default=2000)
-    p.add_argument("--our-steps", type=int, default=500)
-    p.add_argument("--out", type=Path, help="where the figures go; bench/results/train-SIZE.json or train-quality.json without it")
+    p.add_argument("--nano-steps", type=int)
+    p.add_argument("--our-steps", type=int)
+    p.add_argument("--out", type=Path, help="where the figures go; bench/results/train-NAME.json without it")
     args = p.parse_args()
     if args.threads: torch.set_num_threads(args.threads)
+    if not args.sweep and not args.nanogpt: p.error("--nanogpt PATH: a checkout of karpathy/nanoGPT")
+    if args.table: args.size, args.compile, args.seeds = "large", True, 1
 
-    device = get_device()
-    config = config_for("gpt2", args.size)
-    shape = {k: getattr(config, k) for k in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")}
-    batch_size = GPT.sizes["small"]["batch_size"] if device.type == "cpu" else GPT.sizes[args.size]["batch_size"]
-    if args.quality:
-        text = CharTokenizer().normalize(args.quality.read_text(encoding="utf-8"))
-        corpus = Corpus.from_texts({args.quality.name: text}, CharTokenizer())
-        found = quality(args, corpus, shape, batch_size, device)
-    else: found = speed(args, Corpus.from_paths(), shape, batch_size, device)
-    name = "train-quality" if args.quality else f"train-{args.size}"
-    save(args.out or Path(__file__).parent / "results" / f"{name}.json", machine(device) | found)
+    text = args.quality or args.sweep
+    if text:
+        chars = CharTokenizer().normalize(text.read_text(encoding="utf-8"))
+        if args.sweep: chars = chars[:math.floor(.9 * len(chars))]
+        corpus = Corpus.from_texts({text.name: chars}, CharTokenizer())
+    else: corpus = Corpus.from_paths()
+    bench = Bench(args, corpus)
+    name = "gpu" if args.table else "quality" if args.quality else "sweep" if args.sweep else args.size
+    out = args.out or Path(__file__).parent / "results" / f"train-{name}.json"
+    head = machine(bench.device) | dict(shape=bench.shape, batch_size=bench.batch_size, dropout=bench.dropout, train=len(corpus.train),
+                                        val=len(corpus.val), **(dict(text=text.name) if text else {}))
+    if args.sweep: sweep(bench, head, out)
+    elif args.table:
+        figures = head | speed(bench)
+        save(out, figures)
+        rows = race(bench, 0)
+        save(out, figures | dict(runs=[dict(seed=0, **verdict(rows), contenders=rows)]))
+    elif args.quality: quality(bench, head, out)
+    else: save(out, head | speed(bench))
 
 
 if __name__ == "__main__": main()
