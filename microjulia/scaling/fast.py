@@ -97,8 +97,8 @@ def muon(
     groups = [dict(params=[p for n, p in model.named_parameters() if parts.get(n) == k], muon=True, parts=k, peak=peak,
                    weight_decay=0.) for k in sorted(set(parts.values()))]
     rest = [p for n, p in model.named_parameters() if n not in parts]
-    return MuonAdamW(groups + adamw_groups(rest, .4 * peak, config.weight_decay), dtype=get_dtype(next(model.parameters()).device),
-                     betas=(config.beta1, config.beta2), fused=True)
+    return MuonAdamW(groups + adamw_groups(rest, .4 * peak, config.weight_decay), fused=True,
+                     betas=(config.beta1, config.beta2), dtype=get_dtype(next(model.parameters()).device))
 
 # %% ../../nbs/scaling/50_fast.ipynb #68c7b058
 def fast_forward(
@@ -179,4 +179,5 @@ def fast_step(
     if not trainer.config.graph: return trainer.compute_step
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if alone and trainer.device.type == "cuda" and isinstance(trainer.tokens, torch.Tensor): return CapturedStep(trainer)
-    raise ValueError(f"graph=True needs one process and a CUDA device with the corpus in its memory; this run is on {trainer.device}")
+    raise ValueError("graph=True needs one process and a CUDA device with the corpus in its memory; "
+                     f"this run is on {trainer.device}")
