@@ -88,7 +88,7 @@ class DistributedTrainer(Trainer):
         check_alike(configuration=asdict(config), model=model.config, text=corpus.sha256)
         if config.fsdp: model = shard(model.to(device), device)
         super().__init__(model, corpus, config, out, callbacks, sample_fn, device)
-        self.rank, self.rows, self.agreed = rank, rows, 0.
+        self.rank, self.rows, self.agreed, self.gathered = rank, rows, 0., (None, None)
         self.callbacks = [c for c in self.callbacks if getattr(c, "everywhere", not rank) and not getattr(c, "alone", False)]
         if not config.fsdp:
             self.forward = find_function(FORWARD)(DistributedDataParallel(self.model), self.dtype, config.compile)
@@ -187,6 +187,12 @@ def check_sharing(
 def gather(self: DistributedTrainer) -> tuple | None: # model and tensors, in the first process
     "What a checkpoint is made of, whole; all processes have to ask."
     if not self.config.fsdp: return None if self.rank else Trainer.gather(self)
+    if self.gathered[0] != self.step: self.gathered = self.step, self.put_together()  # once, should a disk want a second try
+    return self.gathered[1]
+
+@patch
+def put_together(self: DistributedTrainer) -> tuple | None: # model and tensors, in the first process
+    "Bring all parts of the weights and of the optimiser's tensors to the first process."
     weights = {name: whole(t).cpu() for name, t in self.model.state_dict().items()}
     tensors = optimizer_tensors(self.model, self.optimizer)
     if self.rank: return None
@@ -218,10 +224,10 @@ def put(self: DistributedTrainer, weights: dict, tensors: dict):
 @patch
 def restore(self: DistributedTrainer) -> bool: # whether there was anything to resume
     "Go on from the newest whole checkpoint, which the first process reads and tells the others."
-    before, self.read = dict(vars(self)), ({}, {})
+    before, self.read, self.gathered = dict(vars(self)), ({}, {}), (None, None)
     found = self.rank == 0 and Trainer.restore(self)
     weights, tensors = self.__dict__.pop("read")
-    changed = {k: v for k, v in vars(self).items() if v is not before.get(k)}
+    changed = {k: v for k, v in vars(self).items() if v is not before.get(k) and k != "gathered"}
     shapes = {name: (t.shape, t.dtype) for name, t in tensors.items()}
     found, changed, scaler, shapes = from_first((found, changed, self.scaler.state_dict(), shapes))
     if not found: return False
