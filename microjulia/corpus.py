@@ -173,7 +173,8 @@ def read_pieces(
         while more := file.read(size):
             data += more
             cut = 1 + max(data.rfind(b"\n\n"), data.rfind(b"\n\r\n"))
-            cut = cut or 1 + max(data.rfind(b"\n"), data.rfind(b" ")) or len(data)
+            cut = cut or 1 + max(data.rfind(b"\n"), data.rfind(b" "))
+            cut = cut or len(data) - next((k for k in (1, 2, 3) if data[-k] >= 0xC0), 0)  # not inside a letter of UTF-8
             if text := _clean_piece(path, data[:cut]): yield text
             data = data[cut:]
     if text := _clean_piece(path, data): yield text

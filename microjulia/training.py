@@ -641,7 +641,7 @@ def save(self: Trainer,
                  to_evaluate=self.number() > self.evaluations, notes=self.notes, corpus_sha256=self.corpus.sha256,
                  scaler=self.scaler.state_dict())
     facts = dict(val_loss=val_loss, bits_per_char=val_loss and val_loss * self.bits, corpus_sha256=self.corpus.sha256,
-                 train={k: v for k, v in asdict(self.config).items() if k != "mirror"},
+                 held_out=self.corpus.held_out, train={k: v for k, v in asdict(self.config).items() if k != "mirror"},
                  precision=str(self.dtype).removeprefix("torch."))
     model, tensors = self.gather()
     if not finite(model): return warnings.warn(f"the weights of step {step} are not all numbers, and are not saved", stacklevel=2)

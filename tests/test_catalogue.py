@@ -9,7 +9,7 @@ import pytest
 from microjulia.corpus import Corpus, decode_bytes, fingerprints, read_work, shipped_paths
 from microjulia.exchange import catalogue as cat
 from microjulia.exchange.catalogue import (Book, DownloadError, Mirror, catalogue, compare_text, describe, fetch_books,
-                                           find_books, layouts, make_catalogue, open_answer)
+                                           fetch_dataset, find_books, layouts, make_catalogue, open_answer)
 from microjulia.tokenizer import CharTokenizer
 
 pytest.importorskip("pooch", reason="the extra [corpus] is not installed")
@@ -330,3 +330,20 @@ def test_without_pooch_one_line_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pooch", None)
     with pytest.raises(DownloadError, match="needs pooch: pip install pooch"):
         fetch_books(BOOKS[0], tmp_path, Mirror("http://127.0.0.1", 0, wait=lambda s: None), say=None)
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    def snapshot_download(repo_id, local_dir, **options):
+        asked.append((repo_id, options))
+        if "gone" in repo_id: raise OSError("404 Client Error.\nRepository not found")
+        (local_dir / "deep").mkdir(parents=True)
+        if "empty" not in repo_id: (local_dir / "deep" / "plato.txt").write_text("Virtue is one.")
+        (local_dir / ".cache").mkdir()
+        (local_dir / ".cache" / "other.txt").write_text("not ours")
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert fetch_dataset("plato/dialogues", tmp_path / "a") == [tmp_path / "a" / "deep" / "plato.txt"]
+    assert asked[0][1]["repo_type"] == "dataset" and asked[0][1]["allow_patterns"] == ["*.txt"]
+    with pytest.raises(DownloadError, match="no .*txt file") : fetch_dataset("plato/empty", tmp_path / "b")
+    with pytest.raises(DownloadError, match="gone: not downloaded .*404 Client Error. Repository") : fetch_dataset("plato/gone", tmp_path / "c")

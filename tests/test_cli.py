@@ -200,6 +200,20 @@ def test_corpus_clean(desk, tmp_path):
     assert (tmp_path / "small" / "book.txt").read_text() == "of the soul. it is one.\n"
 
 
+def test_corpus_build_and_stats(desk, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(2): (tmp_path / f"book{i}.txt").write_text(TEXT + f"The {i} th.[{i}]\n")
+    assert main(["corpus", "build", "book0.txt", "book1.txt", "--out", "built", "--alphabet", "default"]) == 0
+    assert sorted(p.name for p in (tmp_path / "built").iterdir()) == ["README.md", "book0.txt", "book1.txt"]
+    card = (tmp_path / "built" / "README.md").read_text()
+    assert "| works | 2 |" in card and "| book0 | 18,007 |" in card
+    capsys.readouterr()
+    assert main(["corpus", "stats", "built/book0.txt", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["characters"] == len((tmp_path / "built" / "book0.txt").read_text().rstrip("\n"))
+    assert len(found["entropy_bits"]) == 5 and found["longest_repeat"]["characters"] > 20
+
+
 def test_dropped_characters_are_a_warning_that_names_the_remedy(desk):
     (desk / "code.txt").write_text("{[()]};:<>=+-*/" * 200 + TEXT)
     done = run("train", "code.txt", "--out", "warned", "--steps", 1, *TINY, cwd=desk)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from microjulia.corpus import (Corpus, NgramModel, check_length, clean_text, decode_bytes, discounts, eval_windows, find_texts,
-                               fingerprints, gather, get_batch, hash64, near_copies, pack, read_work, shipped_paths,
+                               fingerprints, gather, get_batch, hash64, near_copies, pack, read_pieces, read_work, shipped_paths,
                                split_work, splitmix64, strip_boilerplate, tokens_to, uniform, window_starts)
 from microjulia.tokenizer import ALPHABET, CharTokenizer
 
@@ -446,3 +446,88 @@ def test_a_book_without_blank_lines_is_not_taken_for_a_credit(name):
     path = SHARED / "reference" / name
     text = read_work(path)
     assert .97 * path.stat().st_size < len(text) < path.stat().st_size and "registered trademark" not in text
+
+
+TRAPS = [  # what, book, a passage as printed, the passage in 28 characters
+    ("em dash", "cicero_academic", "he is said to have lived to a great age—to 78,\nor, according", "lived to a great age to or according"),
+    ("em dash in a heading", "kant_pure_reason", "First Part—TRANSCENDENTAL AESTHETIC", "first part transcendental aesthetic"),
+    ("curly apostrophe", "cicero_academic", "His father’s name was Mnesarchus", "his father s name was mnesarchus"),
+    ("ligature", "aristotle_ethics", "hedonistic but it is eudæmomstic", "hedonistic but it is eudaemomstic"),
+    ("ligature in Latin", "boethius", "Quantumlibet igitur sæviant mali", "quantumlibet igitur saeviant mali"),
+    ("Greek", "cicero_academic", "which he\ncalled τὸ ἄπειρον, or The Infinite;", "which he called or the infinite"),
+    ("Greek with accents", "marcus_aurelius", "The Stoics aspired to ἁπάθεια, the repression", "the stoics aspired to the repression"),
+    ("Greek in brackets", "aristotle_ethics", "[Footnote: [Greek: hubpis] is introduced as", "is introduced as"),
+    ("Chinese", "confucius", "【一節】子曰、 學而時習之、不亦說乎。【二", None),
+    ("section mark", "marcus_aurelius", "At § XV. Book II. is usually reckoned", "at xv. book ii. is usually reckoned"),
+    ("arrow", "seneca", "↑ How Seneca came by this “pointed” style", "how seneca came by this pointed style"),
+    ("pound sign", "mill_on_liberty", "of the £200 which he offered.", "of the which he offered."),
+    ("question mark", "aristotle_categories", "animal? It has none. Nor can", "animal. it has none. nor can"),
+    ("double hyphen", "aristotle_categories", "these, therefore--that is to say", "these therefore that is to say"),
+    ("numbered section", "cicero_friendship", "12. We may then lay down this rule of friendship--neither", "we may then lay down this rule of friendship neither"),
+    ("Roman number", "cicero_academic", "IV. Then he replied. I will indeed", "iv. then he replied. i will indeed"),
+    ("note number", "plotinus", "Origen (the\nPagan[12]) once came", "origen the pagan once came"),
+    ("note number, curly edition", "seneca", "comrades[12] even against", "comrades even against"),
+    ("footnote", "descartes_principles", "the most closely, [Footnote: Regius; see La\nVie", "the most closely regius see la vie"),
+    ("italics", "aristotle_ethics", "The _Ethics_ of Aristotle is one half", "the ethics of aristotle is one half"),
+    ("capitals", "hobbes", "FORME, & POWER OF A COMMON-WEALTH", "forme power of a common wealth"),
+    ("abbreviation", "berkeley_principles", "against what we have advanced, viz. that there is no", "against what we have advanced viz. that there is no"),
+    ("illustration", "aristotle_ethics", "[Illustration: Builder_Shoemaker House_Shoes.]", None),
+]
+
+
+@needs_books
+@pytest.mark.parametrize("what, book, printed, clean", TRAPS, ids=[t[0] for t in TRAPS])
+def test_traps_on_the_passage_itself(books, what, book, printed, clean):
+    path = next(p for p in books if p.startswith(f"raw/{book}"))
+    raw = decode_bytes((SHARED / path).read_bytes()).replace("\r\n", "\n")
+    assert printed in raw
+    at = raw.index(printed)
+    line = raw[raw.rfind("\n\n", 0, at) + 2:raw.find("\n\n", at)]      # its paragraph
+    words = CharTokenizer().normalize(clean_text(line))
+    if clean is None: assert not CharTokenizer().normalize(clean_text(printed)).strip(" .")  # nothing is spelt out in Latin letters
+    else: assert clean in words
+    assert set(words) <= set(ALPHABET) and "  " not in words
+
+
+@needs_books
+def test_naive_transliteration_falls_into_the_traps(books):
+    import unicodedata
+    text = "age—to the eudæmon’s"
+    naive = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    assert naive == "ageto the eudmons" and CharTokenizer().normalize(text) == "age to the eudaemon s"
+    confucius = next(text for path, (text, _) in books.items() if path.startswith("raw/confucius"))
+    assert abs(len(CharTokenizer().normalize(confucius)) / 155_016 - 1) < .02    # 226,708 with its Chinese in Latin letters
+
+
+def test_large_files_come_in_pieces(tmp_path):
+    text = "\r\n\r\n".join(f"The wise man number {i}\r\nleaves a “crumb”." for i in range(3000))
+    (tmp_path / "dump.txt").write_bytes(text.encode())
+    whole, pieces = read_work(tmp_path / "dump.txt"), list(read_pieces(tmp_path / "dump.txt", 10_000))
+    assert len(pieces) > 10 and max(map(len, pieces)) < 21_000 and "\n\n".join(pieces) == whole
+    (tmp_path / "line.txt").write_text("word " * 9000)
+    assert " ".join(read_pieces(tmp_path / "line.txt", 1000)) == read_work(tmp_path / "line.txt")
+    (tmp_path / "solid.txt").write_text("é" * 9000, encoding="utf-8")
+    assert "".join(read_pieces(tmp_path / "solid.txt", 1001)).count("é") > 8900
+    (tmp_path / "wide.txt").write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match="save it as UTF-8"): list(read_pieces(tmp_path / "wide.txt", 10_000))
+
+
+def test_memory_of_pieces_is_bounded(tmp_path):
+    import tracemalloc
+    line = ("The wise man leaves a crumb for the mouse.\n" * 40 + "\n").encode()
+    with open(tmp_path / "dump.txt", "wb") as f:
+        for _ in range(6000): f.write(line)                              # 10 MB
+    tracemalloc.start()
+    total = sum(map(len, read_pieces(tmp_path / "dump.txt", 2**18)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 10**7 and peak < 40 * 2**18, peak
+
+
+def test_works_held_out_whole():
+    texts = {n: f"{n} wise man leaves a crumb on the table. " * 20 for n in "abcd"}
+    c = Corpus.from_texts(texts, held_out=["b", "d"])
+    assert c.tokenizer.decode(c.val) == " ".join(texts[n].rstrip() for n in "bd") or c.tokenizer.decode(c.val).startswith("b wise")
+    assert "b wise" not in c.tokenizer.decode(c.train) and "c wise" in c.tokenizer.decode(c.train)
+    assert len(c.train) + len(c.val) == sum(map(len, texts.values())) + 2
+    assert "b, d" in str(c)

@@ -94,6 +94,17 @@ def test_a_finished_run_resumes_to_more_steps_or_to_nothing(corpus, tmp_path):
     assert max(r["step"] for r in more) == 8
 
 
+def test_a_long_run_is_ended_by_resuming_it_with_fewer_steps(corpus, tmp_path):
+    config = dict(log_interval=1, evals=2, warmup_iters=2, warmdown_ratio=.5)
+    whole, part = model(), model()
+    history = train(whole, corpus, TrainConfig(steps=20, **config))
+    with pytest.raises(Interrupted): train(part, corpus, TrainConfig(steps=1000, **config), tmp_path, [StopAt(8)])
+    assert losses(train(part, corpus, TrainConfig(steps=20, **config), tmp_path, resume=True)) == losses(history)
+    rates = [r["lr"] for r in history if r["kind"] == "train"]
+    assert len(set(rates[2:11])) == 1 and rates[11] > rates[15] > rates[19] > 0
+    for a, b in zip(whole.parameters(), part.parameters(), strict=True): assert torch.equal(a, b)
+
+
 def test_seed_decides_the_run(corpus):
     config = TrainConfig(steps=6, dtype="float32", log_interval=1)
     one, two = train(model(), corpus, config), train(model(), corpus, config)
