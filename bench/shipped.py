@@ -1,15 +1,19 @@
 """The model of the package: measured on works it has never seen, then saved with the facts of its card.
 
-    python bench/shipped.py BOOKS --report RUN --ship RUN      # figures in bench/results/shipped.json, model in microjulia/data/model
+    python bench/shipped.py BOOKS                  # what n-grams and compressors make of the works for the report
+    python bench/shipped.py BOOKS --report RUN     # what the model makes of them
+    python bench/shipped.py BOOKS --ship RUN       # the model, with its card, to microjulia/data/model
 
 BOOKS are the works. RUN is a run folder of `microjulia train --recipe shipped`, or a checkpoint. The one for the report was
 trained without the three works for choosing and the three for the report, and is scored on the latter, beside n-grams counted
-on the same training text and compressors; its figures stand for the one to ship, made the same way from everything.
-Needs pyppmd for the strongest compressor. About ten minutes on one CPU thread.
+on the same training text and compressors; its figures stand for the one to ship, which was trained on everything. What a call
+finds is added to bench/results/shipped.json. The strongest compressor needs pyppmd. A few minutes each on one CPU thread.
 """
 import argparse
 import bz2
+import json
 import lzma
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +60,53 @@ def anchors(train, tokenizer, works):
     return out | compressors(text(train), [text(ids) for ids in works.values()])
 
 
+def judge(path, works, dtype, out):
+    "The model on the works: all together, one by one, and what storing the weights has cost."
+    judged = load_checkpoint(resolve(path))
+    temp = save_checkpoint(out.parent / ".stored", judged.model, judged.tokenizer, judged.step, dtype=dtype, overwrite=True)
+    stored = load_checkpoint(temp).model
+    shutil.rmtree(temp)
+    nats = {work: score(stored, ids) for work, ids in works.items()}
+    before, after = (bits([score(m, ids[:60_000]) for ids in works.values()]) for m in (judged.model, stored))
+    return dict(this_model=bits(list(nats.values())), by_work={work: bits([n]) for work, n in nats.items()},
+                lost_by_storing=round(after - before, 4), steps=judged.step)
+
+
+def ship(path, files, found, args, dtype):
+    "Save the model with its facts and its card; what its samples are like."
+    final = load_checkpoint(resolve(path))
+    facts = dict(
+        data=f"{len(files)} public-domain works of philosophy, cleaned: " + ", ".join(files),
+        split=f"figures: trained without {', '.join(CHOOSING)} (for choosing) and {', '.join(REPORT)} (for these figures); "
+              f"the weights: trained on all works but {args.held_out}, kept to watch the run",
+        seed=final.facts["train"]["seed"], cpu_hours=args.cpu_hours, note=args.note or None,
+        bits_per_char_on_unseen_works=found["anchors"] | {"this model": found["report_run"]["this_model"]},
+        limits="It continues text in the manner of Victorian translations, letter by letter; it knows no facts, answers no "
+               "question and holds the opinions of its sources. Lower case, full stops, no other marks.")
+    def write(facts):
+        save_checkpoint(OUT, final.model, final.tokenizer, final.step, final.facts.get("val_loss"), facts=facts,
+                        dtype=dtype, overwrite=True)
+        (OUT / "README.md").write_text(model_card(load_checkpoint(OUT), "microjulia/shipped"), encoding="utf-8")
+    write(facts)
+    shipped = load(OUT, "cpu")
+    samples = [prompt + shipped.generate(prompt, max_new_tokens=600, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    everything = Corpus.from_paths(list(files.values()))
+    report = sample_report(samples, np.concatenate([everything.train, everything.val]), shipped.tokenizer)
+    write(facts | dict(samples=samples[:2], about_the_samples=report))
+    return dict(parameters=shipped.model.num_params(), shape=shipped.model.config.to_dict(), stored_as=args.dtype,
+                bytes=sum(f.stat().st_size for f in OUT.iterdir()), steps=final.step, samples=report,
+                val_loss=final.facts.get("val_loss"), held_out=args.held_out, cpu_hours=args.cpu_hours, note=args.note)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("books", nargs="+", help="files, folders or patterns")
-    p.add_argument("--report", type=Path, required=True, help="run trained without the six works")
-    p.add_argument("--ship", type=Path, required=True, help="run trained on everything")
+    p.add_argument("--report", type=Path, help="run trained without the six works")
+    p.add_argument("--ship", type=Path, help="run trained on everything")
+    p.add_argument("--held-out", default="none", help="what the run to ship has not read")
     p.add_argument("--dtype", default="float16", choices=["float16", "int8"], help="how the weights are stored")
-    p.add_argument("--note", default="", help="what the card is to say about the runs")
     p.add_argument("--cpu-hours", type=float, help="of the run to ship, as the machine counted them")
+    p.add_argument("--note", default="", help="what the card is to say about the runs")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "shipped.json")
     args = p.parse_args()
 
@@ -71,39 +114,14 @@ def main():
     files, dtype = {p.stem: p for p in find_texts(args.books)}, getattr(torch, args.dtype)
     kept = Corpus.from_paths([p for name, p in files.items() if name not in REPORT], held_out=CHOOSING)
     works = {name: kept.tokenizer.encode(read_work(files[name])) for name in REPORT}
-    found = dict(report=REPORT, choosing=CHOOSING, characters=sum(map(len, works.values())), train_characters=len(kept.train))
-    found["bits_per_char"] = anchors(kept.train, kept.tokenizer, works)
-
-    judged = load_checkpoint(resolve(args.report))
-    temp = save_checkpoint(args.out.parent / ".stored", judged.model, judged.tokenizer, judged.step, dtype=dtype, overwrite=True)
-    for name, model in {"this model in float32": judged.model, "this model": load_checkpoint(temp).model}.items():
-        nats = {work: score(model, ids) for work, ids in works.items()}
-        found["bits_per_char"][name] = bits(nats.values())
-    found["by_work"] = {work: bits([n]) for work, n in nats.items()}
-    for f in temp.iterdir(): f.unlink()
-    temp.rmdir()
-
-    final = load_checkpoint(resolve(args.ship))
-    facts = dict(
-        data=f"{len(files)} public-domain works of philosophy, cleaned: " + ", ".join(files),
-        split=f"figures: trained without {', '.join(CHOOSING)} (for choosing) and {', '.join(REPORT)} (for these figures); "
-              "the weights: trained in the same way on all works but " + final.facts.get("held_out", "the last tenth of each"),
-        seed=final.facts["train"]["seed"], cpu_hours=args.cpu_hours, note=args.note or None,
-        bits_per_char_on_unseen_works=found["bits_per_char"],
-        limits="It continues text in the manner of Victorian translations, letter by letter; it knows no facts, answers no "
-               "question and holds the opinions of its sources. Lower case, full stops, no other marks.")
-    save_checkpoint(OUT, final.model, final.tokenizer, final.step, final.facts.get("val_loss"), facts=facts, dtype=dtype, overwrite=True)
-    shipped = load(OUT, "cpu")
-    samples = [prompt + shipped.generate(prompt, max_new_tokens=600, seed=seed) for seed, prompt in enumerate(PROMPTS)]
-    everything = Corpus.from_paths(list(files.values()))
-    found["samples"] = sample_report(samples, np.concatenate([everything.train, everything.val]), shipped.tokenizer)
-    facts |= dict(samples=samples[:2], about_the_samples=found["samples"])
-    save_checkpoint(OUT, final.model, final.tokenizer, final.step, final.facts.get("val_loss"), facts=facts, dtype=dtype, overwrite=True)
-    (OUT / "README.md").write_text(model_card(load_checkpoint(OUT)), encoding="utf-8")
-    found |= dict(parameters=shipped.model.num_params(), shape=shipped.model.config.to_dict(), stored_as=args.dtype,
-                  bytes=sum(f.stat().st_size for f in OUT.iterdir()), steps=final.step, cpu_hours=args.cpu_hours, note=args.note)
-    command = "python bench/shipped.py BOOKS --report RUN --ship RUN" + f" --dtype {args.dtype}"
-    save(args.out, machine() | dict(command=command) | found)
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if found.get("corpus_sha256") != kept.sha256:
+        found = dict(report=REPORT, choosing=CHOOSING, characters=sum(map(len, works.values())), train_characters=len(kept.train),
+                     corpus_sha256=kept.sha256, anchors=anchors(kept.train, kept.tokenizer, works))
+    if args.report: found["report_run"] = judge(args.report, works, dtype, args.out)
+    if args.ship: found["shipped"] = ship(args.ship, files, found, args, dtype)
+    save(args.out, machine() | dict(command="python bench/shipped.py BOOKS; --report RUN; --ship RUN") | {
+        k: v for k, v in found.items() if k not in machine() and k != "command"})
 
 
 if __name__ == "__main__": main()

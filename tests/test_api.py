@@ -7,7 +7,7 @@ import torch
 
 import microjulia
 from microjulia.api import DEMO, MicroJulia, free_name, same_alphabet, sampler
-from microjulia.corpus import Corpus
+from microjulia.corpus import Corpus, NgramModel
 from microjulia.gpt import GPT, GPTConfig
 from microjulia.tokenizer import CharTokenizer
 
@@ -34,6 +34,17 @@ def test_every_name_of_the_front_door_opens():
 def test_train_returns_the_best_checkpoint(text, tmp_path):
     m = microjulia.train(text, tmp_path / "r", steps=40, evals=8, lr=.5, min_lr=.5, schedule="cosine", **TINY)
     assert m.facts["facts"]["val_loss"] == m.facts["best_val_loss"]
+
+
+def test_the_model_of_the_package_has_read_books():
+    m = microjulia.load(device="cpu")
+    assert m.tokenizer.vocab_size == 28 and m.model.wte.weight.dtype == torch.float32
+    corpus = Corpus.from_paths()                                          # written for the package: none of it is in the books
+    bits = m.score(corpus.tokenizer.decode(corpus.val[:6000]))["bits_per_char"]
+    assert bits < NgramModel(5, 28).fit(corpus.train).bits_per_char(corpus.val)   # which has read the beginning of each text
+    assert bits < m.score(corpus.tokenizer.decode(corpus.val[:6000][::-1]))["bits_per_char"] - 1
+    facts = m.facts["facts"]
+    assert facts["bits_per_char_on_unseen_works"]["this model"] < facts["bits_per_char_on_unseen_works"]["10-gram"]
 
 
 def test_saved_and_loaded_writes_the_same(model, tmp_path):

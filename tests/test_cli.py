@@ -140,6 +140,13 @@ def test_seeded_text_is_the_same_in_every_process_and_form(desk):
     assert microjulia.load(desk / "m", "cpu").generate("The city", temperature=2, seed=7, max_new_tokens=80) == whole["text"]
 
 
+def test_philosophy_without_a_model_of_ones_own(tmp_path):
+    nowhere = os.environ | {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([SCRIPT, "generate", "Virtue is", "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=50, env=nowhere)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("virtue is ") and len(done.stdout) == 210
+    assert not list(tmp_path.iterdir())                                   # nothing was brought or kept
+
+
 def test_until_sentence(desk):
     done = json.loads(run("generate", "the city", "--model", "m", "--seed", 1, "--until", "sentence", "--min-new-tokens", 30,
                           "--json", cwd=desk).stdout)
