@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from microjulia.checkpoint import load_checkpoint, save_checkpoint
+from microjulia.corpus import uniform
 from microjulia.generation import SamplingParams, draw, probabilities
 from microjulia.gpt import GPT, GPTConfig, capture
 from microjulia.tokenizer import CharTokenizer
@@ -53,6 +55,18 @@ def test_logits_are_those_of_pytorch(tmp_path, dtype, bias):
     got = node(OPEN + 'console.log(JSON.stringify(input.ids.map((_, t) => Array.from(model.next(input.ids.slice(0, t + 1))))))',
                given | dict(ids=ids))
     np.testing.assert_allclose(got, model(torch.tensor([ids]))[0].numpy(), rtol=1e-3, atol=1e-3)
+
+
+@needs_node
+@torch.no_grad()
+def test_small_integers_are_read_as_the_library_reads_them(tmp_path):
+    model, given = make(tmp_path)
+    saved = save_checkpoint(tmp_path/'small', model, CharTokenizer(), dtype=torch.int8)
+    again = load_checkpoint(saved).model.eval()
+    ids = torch.randint(28, (9,))
+    got = node(OPEN + 'console.log(JSON.stringify(Array.from(model.next(input.ids))))',
+               given | dict(file=str(saved/'model.safetensors'), ids=ids.tolist()))
+    np.testing.assert_allclose(got, again(ids[None])[0, -1].numpy(), rtol=1e-3, atol=1e-3)
 
 
 @needs_node
@@ -108,3 +122,10 @@ def test_an_unknown_type_is_named(tmp_path):
     got = node('''const raw = require("fs").readFileSync(input); try { M.tensors(raw.buffer.slice(raw.byteOffset, raw.byteOffset + raw.length)) }
 catch (e) { console.log(JSON.stringify(e.message)) }''', str(file))
     assert 'F64' in got and 'can be read' in got
+
+
+@needs_node
+def test_a_seed_means_the_same_numbers():
+    pairs = [(0, 0), (1, 2), (7, 199), (2**31 - 1, 1000), (2**53 - 1, 3)]
+    code = 'const mount = () => {};' + (SCRIPT.parent/'local.js').read_text() + 'console.log(JSON.stringify(input.map(([s, i]) => local.uniform(s, i))))'
+    assert node(code, pairs) == [uniform(s, i) for s, i in pairs]

@@ -24,6 +24,10 @@ const MicroJulia = (() => {
       if (!readers[t.dtype]) throw new Error(`${name} holds ${t.dtype}; F32, F16, BF16 and I8 can be read`);
       found[name] = readers[t.dtype](bytes.subarray(8 + n + t.data_offsets[0], 8 + n + t.data_offsets[1]));
     }
+    for (const [name, scale] of Object.entries(found)) {                 // small integers, in units of their row's scale
+      const W = name.endsWith(".scale") && found[name.slice(0, -6)], C = W && W.length / scale.length;
+      if (W) { for (let i = 0; i < W.length; i++) W[i] *= scale[Math.floor(i / C)]; delete found[name]; }
+    }
     return found;
   }
 
@@ -66,9 +70,15 @@ const MicroJulia = (() => {
   class GPT {
     // `buffer`: model.safetensors; `config`: the hyperparameters; `chars`: vocab.json
     constructor(buffer, config, chars) {
-      Object.assign(this, { w: tensors(buffer), config, tokenizer: tokenizer(chars), ids: [], logits: null });
-      this.layers = Array.from({ length: config.n_layer }, () => ({ k: [], v: [], att: [] }));
+      Object.assign(this, { w: tensors(buffer), config, tokenizer: tokenizer(chars) });
+      this.forget();
     }
+    forget() {
+      Object.assign(this, { ids: [], logits: null });
+      this.layers = Array.from({ length: this.config.n_layer }, () => ({ k: [], v: [], att: [] }));
+    }
+    // The same weights with a memory of their own.
+    twin() { const other = Object.assign(Object.create(GPT.prototype), this); other.forget(); return other; }
     // The scores of what may follow `ids`; what was read before is not read again.
     next(ids) {
       ids = ids.slice(-this.config.block_size);
