@@ -12,7 +12,10 @@ from nbdev.processors import FilterDefaults
 ROOT = Path(__file__).resolve().parent.parent
 # Pandoc wraps each cell and output in a Div, and a README lies one folder above its notebook.
 FILTER = """
-function Div(div) return div.content end
+function Div(div)
+  if div.attributes['when-format'] == 'html' then return {} end
+  return div.content
+end
 local function from_root(target)
   return target:match('^[%w+.-]+:') and target or target:match('^#') and target or 'nbs/' .. target
 end

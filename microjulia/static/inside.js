@@ -20,7 +20,7 @@ async function inside(model) {
     element("p", { textContent: "What may come after it, under the settings above:" }),
     box("table", "next", null, "The likeliest next letters"),
     element("p", { textContent: "And where each head looks, from the letter you point at to those before it. Choose a head:" }),
-    box("div", "heads", "toolbar", "Heads, by layer and number"), sentence, box("p", "looks", "status")));
+    Object.assign(box("div", "heads", "toolbar", "Heads, by layer and number"), { className: "row" }), sentence, box("p", "looks", "status")));
 
   const weights = () => model.layers[Math.floor(head / n_head)].att[at][head % n_head];
 
@@ -32,7 +32,7 @@ async function inside(model) {
     draw();
   }
   function draw() {
-    buttons.forEach((b, h) => b.setAttribute("aria-pressed", h === head));
+    buttons.forEach((b, h) => { b.setAttribute("aria-pressed", h === head); b.classList.toggle("main", h === head); });
     $("next").replaceChildren();
     $("looks").textContent = "";
     if (!ids.length) return;
