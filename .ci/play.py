@@ -4,28 +4,24 @@
 
 Its files can be put on any web server. `nbdev_docs` takes them from nbs/play, where the workflow puts them.
 """
-import argparse, re, shutil
+import argparse, shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-STATIC = ROOT/'microjulia'/'static'
-SCRIPTS = 'model.js', 'page.js', 'local.js', 'inside.js'
+from microjulia.api import shipped_model
+from microjulia.serving.server import page
 
 
 def play(out, model):
     "Write the page and the three files of the model into the folder `out`."
     (out/'model').mkdir(parents=True, exist_ok=True)
     for name in ('config.json', 'vocab.json', 'model.safetensors'): shutil.copyfile(model/name, out/'model'/name)
-    script = '\n'.join((STATIC/name).read_text(encoding='utf-8') for name in SCRIPTS)
-    page, n = re.subn(r'/\* script \*/', lambda _: script, (STATIC/'page.html').read_text(encoding='utf-8'))
-    if n != 1: raise SystemExit('page.html has no one place for its script')
-    (out/'index.html').write_text(page, encoding='utf-8')
+    (out/'index.html').write_text(page('model.js', 'local.js', 'inside.js'), encoding='utf-8')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path)
-    parser.add_argument('model', type=Path, nargs='?', default=ROOT/'microjulia'/'data'/'model')
+    parser.add_argument('model', type=Path, nargs='?', default=shipped_model())
     args = parser.parse_args()
     play(args.folder, args.model)
     size = sum(p.stat().st_size for p in args.folder.rglob('*') if p.is_file())

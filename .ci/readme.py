@@ -3,7 +3,7 @@
     python .ci/readme.py           # write README.md
     python .ci/readme.py --check   # fail if README.md is behind the notebook
 """
-import argparse, os, sys, tempfile
+import argparse, os, re, sys, tempfile
 from pathlib import Path
 
 import nbdev.serve_drv, nbformat, pypandoc, yaml
@@ -12,16 +12,14 @@ from nbdev.processors import FilterDefaults
 ROOT = Path(__file__).resolve().parent.parent
 # Pandoc wraps each cell and output in a Div, and a README lies one folder above its notebook.
 FILTER = """
-function Div(div)
-  if div.attributes['when-format'] == 'html' then return {} end
-  return div.content
-end
+function Div(div) return div.content end
 local function from_root(target)
   return target:match('^[%w+.-]+:') and target or target:match('^#') and target or 'nbs/' .. target
 end
 function Link(link) link.target = from_root(link.target) return link end
 function Image(image) image.src = from_root(image.src) return image end
 """
+ONLY_ON_THE_SITE = re.compile(r'(?ms)^::: \{\.content-visible when-format="html"\}.*?^:::$')
 
 
 def readme():
@@ -30,7 +28,10 @@ def readme():
         page, lua = Path(tmp)/'index.ipynb', Path(tmp)/'readme.lua'
         lua.write_text(FILTER)
         nbdev.serve_drv.main((ROOT/'nbs'/'index.ipynb', page, FilterDefaults))
-        front = yaml.safe_load(nbformat.read(page, as_version=4).cells[0].source.strip().strip('-'))
+        nb = nbformat.read(page, as_version=4)
+        for cell in nb.cells: cell.source = ONLY_ON_THE_SITE.sub('', cell.source)
+        nbformat.write(nb, page)
+        front = yaml.safe_load(nb.cells[0].source.strip().strip('-'))
         body = pypandoc.convert_file(page, 'gfm', format='ipynb', extra_args=['--wrap=preserve', f'--lua-filter={lua}'])
     return f"# {front['title']}\n\n> {front['description']}\n\n{body.strip()}\n".replace('\r\n', '\n')
 

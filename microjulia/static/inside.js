@@ -3,11 +3,11 @@ async function inside(model) {
   const { n_layer, n_head, block_size } = model.config, { tokenizer } = model;
   let head = 0, at = 0, ids = [];
 
-  const buttons = Array.from({ length: n_layer * n_head }, (_, h) => element("button", {
-    textContent: `${Math.floor(h / n_head) + 1}.${h % n_head + 1}`,
-    ariaLabel: `layer ${Math.floor(h / n_head) + 1}, head ${h % n_head + 1}`,
-    onclick: () => { head = h; draw(); },
-  }));
+  const buttons = Array.from({ length: n_layer * n_head }, (_, h) => {
+    const layer = Math.floor(h / n_head) + 1, name = `${layer}.${h % n_head + 1}`;
+    return element("button", { textContent: name, ariaLabel: `${name}: layer ${layer}, head ${h % n_head + 1}`,
+      onclick: () => { head = h; draw(); } });
+  });
   const box = (tag, id, role, ariaLabel) => {
     const e = element(tag, { id, ariaLabel });
     if (role) e.setAttribute("role", role);

@@ -31,8 +31,10 @@ const local = {
 
   async *stream({ prompt, messages, max_tokens, seed, ...choice }, signal) {
     const model = await this.model, { tokenizer, config } = model;
-    let ids = tokenizer.encode(prompt ?? messages.at(-1).content), painted = performance.now();
-    if (!ids.length) throw new Error("nothing is left of the text: write at least one letter from a to z");
+    const asked = prompt ?? messages.at(-1).content;
+    let ids = tokenizer.encode(asked), painted = performance.now();
+    if (!ids.length || asked.trim() && !tokenizer.decode(ids).trim())
+      throw new Error("nothing is left of the text: write at least one letter from a to z");
     for (let i = 0; i < max_tokens && !signal.aborted; i++) {
       if (ids.length > config.block_size) ids = ids.slice(-Math.floor(config.block_size / 2));
       const logits = model.next(ids), p = MicroJulia.softmax(Float64Array.from(logits));
