@@ -758,8 +758,11 @@ def test_what_is_inline_and_what_elsewhere_follows_julias_memory(L, blocks, laye
     assert list(back["blocks"]["layers"]) == [str(i + 1) for i in range(L)]
 
 
-def test_a_struct_of_small_numbers_is_measured_as_julia_aligns_it():
+@pytest.mark.parametrize("value, bytes_and_step", [
+    ({"a": np.int8(1), "b": 2.0, "c": (np.float32(1), True), "d": (), "e": "text", "f": np.zeros(3)}, (40, 8)),
+    ({"a": np.int8(1), "b": 2.0, "c": np.int8(1)}, (24, 8)),                    # 1 + 7 of padding, 8, 1 + 7 of padding
+    ({"a": {"b": 2.0, "c": True}, "d": True}, (24, 8)),                         # 8 + 1 + 7 of padding, 1 + 7 of padding
+    ({"a": (np.int16(1), True), "b": True}, (6, 2)), ({"a": True, "b": np.int16(1)}, (4, 2)), ((), (0, 1))], ids=str)
+def test_a_struct_of_small_numbers_is_measured_as_julia_aligns_it(value, bytes_and_step):
     from microjulia.exchange.jld2_writer import _memory, julia_type
-    x = {"a": np.int8(1), "b": 2.0, "c": (np.float32(1), True), "d": (), "e": "text", "f": np.zeros(3)}
-    assert _memory(julia_type(x)) == (40, 8)   # 1 + 7 of padding, 8, 4 + 1 + 3 of padding, 0, 8, 8
-    assert _memory(julia_type({"a": True, "b": np.int16(1)})) == (4, 2) and _memory(julia_type(())) == (0, 1)
+    assert _memory(julia_type(value)) == bytes_and_step
