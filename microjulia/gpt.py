@@ -27,6 +27,26 @@ class Config:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a whole number above 0")
 
+    def check_multiple(self, whole: str, part: str): # fields
+        "Raise unless the field `whole` is a multiple of the field `part`."
+        a, b = getattr(self, whole), getattr(self, part)
+        if a % b: raise ValueError(f"{whole}={a} is not divisible by {part}={b}; choose a multiple of {b}")
+
+    def check_choice(self, name: str, *known: str): # a field, and what it may be
+        "Raise unless the field is one of the words."
+        value, (*others, last) = getattr(self, name), map(repr, known)
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; choose {', '.join(others)} or {last}")
+
+    def check_above(self, least: float, *names: str): # a limit, and fields
+        "Raise unless each of the fields is a number above the limit."
+        for name in names:
+            if not getattr(self, name) > least: raise ValueError(f"{name}={getattr(self, name)} is not above {least}")
+
+    def check_share(self, name: str): # a field
+        "Raise unless the field is at least 0 and below 1."
+        if not 0 <= getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1)")
+
     def to_dict(self) -> dict: # what `from_dict` and a checkpoint's `hyperparams` hold
         "The fields as a plain dictionary."
         return asdict(self)
@@ -57,13 +77,10 @@ class GPTConfig(Config):
 
     def __post_init__(self):
         self.check_whole("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                             "choose a width that is a multiple of the number of heads")
-        if not 0 <= self.dropout < 1: raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
-        if self.init not in ("gpt2", "flux"):
-            raise ValueError(f"init={self.init!r} is not known; choose 'gpt2' or 'flux'")
-        if not self.norm_eps > 0: raise ValueError(f"norm_eps={self.norm_eps} is not above 0")
+        self.check_multiple("n_embd", "n_head")
+        self.check_share("dropout")
+        self.check_choice("init", "gpt2", "flux")
+        self.check_above(0, "norm_eps")
 
     @classmethod
     def legacy(cls, **changes) -> "GPTConfig": # any field

@@ -308,11 +308,8 @@ class JuliaGPTConfig(Config):
 
     def __post_init__(self):
         self.check_whole("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                             "choose a width that is a multiple of the number of heads")
-        if self.init not in ("gpt2", "micro"):
-            raise ValueError(f"init={self.init!r} is not known; choose 'gpt2' or 'micro'")
+        self.check_multiple("n_embd", "n_head")
+        self.check_choice("init", "gpt2", "micro")
 
     @classmethod
     def legacy(cls, **changes) -> "JuliaGPTConfig": # any field

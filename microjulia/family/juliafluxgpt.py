@@ -156,14 +156,12 @@ class JuliaFluxGPTConfig(Config):
 
     def __post_init__(self):
         self.check_whole("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-        for whole, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole}={getattr(self, whole)} is not divisible by {part}={getattr(self, part)}")
-        if not 0 <= self.dropout < 1: raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
-        if self.init not in ("gpt2", "flux"):
-            raise ValueError(f"init={self.init!r} is not known; choose 'gpt2' or 'flux'")
-        for name, least in (("norm_eps", 0), ("rope_base", 1), ("rope_factor", 0)):
-            if not getattr(self, name) > least: raise ValueError(f"{name}={getattr(self, name)} is not above {least}")
+        self.check_multiple("n_embd", "n_head")
+        self.check_multiple("n_head", "n_kv_head")
+        self.check_share("dropout")
+        self.check_choice("init", "gpt2", "flux")
+        self.check_above(0, "norm_eps", "rope_factor")
+        self.check_above(1, "rope_base")
         rope_tables(self.n_embd // self.n_head, 1, self.rope_base, self.rope_scaling, self.rope_factor)
 
     @classmethod

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'monarch_matrix', 'side', 'causal_monarch', 'History', 'HistoryCache', 'Monarch', 'CausalConv', 'ask',
-           'MonarchMixer', 'MonarchConfig', 'check_common', 'MonarchBlock', 'MixerModel', 'init_lux', 'MonarchSLM']
+           'MonarchMixer', 'MonarchConfig', 'MonarchBlock', 'MixerModel', 'MonarchSLM']
 
 # %% ../../nbs/family/13_monarch.ipynb #c866f9ce
 import math
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..attention import KVCache
 from .juliafluxgpt import RMSNorm, SwiGLU, TiedModel, ffn_hidden
+from .juliaslm import init_lux
 from ..gpt import Config, init_weights
 
 # %% ../../nbs/family/13_monarch.ipynb #a8b994fa
@@ -258,6 +259,14 @@ class MonarchMixer(nn.Module):
         conv, monarch = ask([self.conv, self.monarch], u, cache, start)
         return self.gate.sigmoid() * (conv + monarch)
 
+    def new_history(self,
+        batch_size: int, # rows `B`
+        block_size: int, # longest context
+    ) -> History:
+        "Room for what this mixer reads."
+        return History(self.gate.new_zeros(batch_size, block_size, len(self.gate)),
+                       self.monarch.new_history(batch_size, len(self.gate)))
+
 # %% ../../nbs/family/13_monarch.ipynb #262f0592
 @dataclass
 class MonarchConfig(Config):
@@ -277,26 +286,16 @@ class MonarchConfig(Config):
     def __post_init__(self):
         self.check_whole("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "conv_kernel")
         side(self.block_size)
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                             "choose a width that is a multiple of the number of Monarch matrices")
-        if self.monarch_order not in ORDERS:
-            raise ValueError(f"monarch_order={self.monarch_order!r} is not known; choose 'julia' or 'torch'")
-        check_common(self)
+        self.check_multiple("n_embd", "n_head")
+        self.check_choice("monarch_order", *ORDERS)
+        self.check_share("dropout")
+        self.check_choice("init", "gpt2", "lux")
+        self.check_above(0, "norm_eps")
 
     @classmethod
     def legacy(cls, **changes) -> "MonarchConfig": # any field
         "The start of the original."
         return cls(**{"init": "lux", **changes})
-
-def check_common(
-    config: Config, # with `dropout`, `init` and `norm_eps`
-):
-    "Raise if a field that the Lux models share is impossible."
-    if not 0 <= config.dropout < 1: raise ValueError(f"dropout={config.dropout} is not in [0, 1)")
-    if config.init not in ("gpt2", "lux"):
-        raise ValueError(f"init={config.init!r} is not known; choose 'gpt2' or 'lux'")
-    if not config.norm_eps > 0: raise ValueError(f"norm_eps={config.norm_eps} is not above 0")
 
 # %% ../../nbs/family/13_monarch.ipynb #c36787c4
 class MonarchBlock(nn.Module):
@@ -320,19 +319,11 @@ class MonarchBlock(nn.Module):
         x = x + self.mixer(self.ln1(x), cache, start)
         return x + self.ffwd(self.ln2(x))
 
-    def new_history(self,
-        batch_size: int, # rows `B`
-        block_size: int, # longest context
-    ) -> History:
-        "Room for what this block reads."
-        C, w = self.ln1.weight.numel(), self.ln1.weight
-        return History(w.new_zeros(batch_size, block_size, C), self.mixer.monarch.new_history(batch_size, C))
-
 class MixerModel(TiedModel):
     "A language model of blocks with a mixer that keeps a `History`."
     def __init__(self,
         config: Config, # all sizes and choices
-        blocks: list[nn.Module], # each with `ffwd` and `new_history(batch_size, block_size)`
+        blocks: list[nn.Module], # each with `ffwd` and a `mixer`, which has `new_history(batch_size, block_size)`
     ):
         super().__init__(config, blocks)
         if config.init == "lux": init_lux(self)
@@ -345,15 +336,7 @@ class MixerModel(TiedModel):
         batch_size: int = 1, # rows `B`
     ) -> HistoryCache:
         "An empty cache that fits this model, where the model is."
-        return HistoryCache([b.new_history(batch_size, self.config.block_size) for b in self.blocks])
-
-def init_lux(
-    model: nn.Module, # every Dense layer and embedding in it is set anew
-):
-    "The starting weights of the original: Glorot normal, embeddings uniform from 0 to 1."
-    for m in model.modules():
-        if isinstance(m, nn.Linear): nn.init.xavier_normal_(m.weight)
-        elif isinstance(m, nn.Embedding): nn.init.uniform_(m.weight)
+        return HistoryCache([b.mixer.new_history(batch_size, self.config.block_size) for b in self.blocks])
 
 # %% ../../nbs/family/13_monarch.ipynb #797370fe
 class MonarchSLM(MixerModel):

@@ -16,8 +16,7 @@ from torch import nn, Tensor
 from ..attention import LayerCache
 from .juliafluxgpt import (GroupedQueryAttention, JuliaFluxGPTConfig, RMSNorm, SwiGLU,
                                             ffn_hidden)
-from .monarch import (ORDERS, CausalConv, History, MixerModel, Monarch, ask,
-                                       check_common, side)
+from .monarch import ORDERS, CausalConv, History, MixerModel, Monarch, ask, side
 from ..gpt import Config
 
 # %% ../../nbs/family/14_symbio.ipynb #db856e81
@@ -146,6 +145,16 @@ class SymbioMixer(nn.Module):
             self.observe("organelles", torch.stack(added))
         return sum(added)
 
+    def new_history(self,
+        batch_size: int, # rows `B`
+        block_size: int, # longest context
+    ) -> History:
+        "Room for what this mixer reads."
+        C = self.gate.size(1)
+        return History(self.gate.new_zeros(batch_size, block_size, C),
+                       self.monarch.new_history(batch_size, C) if "monarch" in self.names else None,
+                       self.attention.new_kv(batch_size, block_size) if "attention" in self.names else None)
+
 # %% ../../nbs/family/14_symbio.ipynb #ca462610
 ORGANELLES = "conv", "monarch", "longconv", "attention"
 
@@ -177,12 +186,12 @@ class SymbioConfig(Config):
         if unknown := sorted(used - set(ORGANELLES)):
             raise ValueError(f"unknown organelle {unknown[0]!r}; known: {', '.join(ORGANELLES)}")
         if "monarch" in used: side(self.block_size)
-        for name, divisor in (("monarch", "n_head"), ("attention", "head_size")):
-            if name in used and self.n_embd % getattr(self, divisor):
-                raise ValueError(f"n_embd={self.n_embd} is not divisible by {divisor}={getattr(self, divisor)}")
-        if self.monarch_order not in ORDERS:
-            raise ValueError(f"monarch_order={self.monarch_order!r} is not known; choose 'julia' or 'torch'")
-        check_common(self)
+        if "monarch" in used: self.check_multiple("n_embd", "n_head")
+        if "attention" in used: self.check_multiple("n_embd", "head_size")
+        self.check_choice("monarch_order", *ORDERS)
+        self.check_share("dropout")
+        self.check_choice("init", "gpt2", "lux")
+        self.check_above(0, "norm_eps")
 
     def organelles_of(self, i: int) -> tuple: # of layer `i`
         "The names of one layer's organelles."
@@ -221,16 +230,6 @@ class SymbioBlock(nn.Module):
         scale = lambda y, skip: y if skip is None else skip * y
         x = x + scale(self.mixer(self.ln1(x), cache, start), self.skip1)
         return x + scale(self.ffwd(self.ln2(x)), self.skip2)
-
-    def new_history(self,
-        batch_size: int, # rows `B`
-        block_size: int, # longest context
-    ) -> History:
-        "Room for what this block reads."
-        m, w = self.mixer, self.ln1.weight
-        return History(w.new_zeros(batch_size, block_size, len(w)),
-                       m.monarch.new_history(batch_size, len(w)) if "monarch" in m.names else None,
-                       m.attention.new_kv(batch_size, block_size) if "attention" in m.names else None)
 
 class SymbioSLM(MixerModel):
     "A language model whose channels are divided among several ways of looking back."
