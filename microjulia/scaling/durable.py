@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'Writer', 'warn', 'SkipBadSteps', 'out_of_memory', 'FitMemory', 'OutlastDisk', 'copy_checkpoint',
-           'copy_run', 'newest_step', 'Mirror', 'CountFirst', 'scalars', 'TensorBoard', 'WandB', 'Softly', 'guards']
+           'copy_run', 'is_whole', 'Mirror', 'CountFirst', 'scalars', 'TensorBoard', 'WandB', 'Softly', 'guards']
 
 # %% ../../nbs/scaling/51_durable.ipynb #10d30afb
 import json
@@ -166,26 +166,25 @@ def copy_checkpoint(
 def copy_run(
     run: Path, # a run folder
     to: Path, # another, which will hold its newest and its best checkpoint, and its metrics
-):
-    "Make the folder `to` a copy of what matters in `run`."
+) -> set: # names of the two
+    "Copy what matters in `run`, unless it is there."
     (to / "checkpoints").mkdir(parents=True, exist_ok=True)
     wanted = {p.name: p for p in (newest_whole(run), best_whole(run)) if p}
     for name, path in sorted(wanted.items()):
         if not (there := to / "checkpoints" / name).exists(): copy_checkpoint(path, there)
-    for old in step_paths(to):
-        if old.name not in wanted: remove_checkpoint(old)
     if (run / "metrics.jsonl").exists():
         shutil.copyfile(run / "metrics.jsonl", to / "metrics.tmp")
         os.replace(to / "metrics.tmp", to / "metrics.jsonl")
+    return set(wanted)
 
 # %% ../../nbs/scaling/51_durable.ipynb #6a4af431
-def newest_step(
-    run: Path, # a run folder
-) -> int: # -1 if nothing in it is whole
-    "The step of the newest whole checkpoint."
-    try: path = newest_whole(run)
-    except CheckpointError: path = None
-    return int(path.name[5:]) if path else -1
+def is_whole(
+    path: Path, # a checkpoint folder
+) -> bool:
+    "Whether every file of the checkpoint is as it was written."
+    try: verify_checkpoint(path)
+    except CheckpointError: return False
+    return True
 
 class Mirror:
     "Keeps a verified copy of the run in a second folder, and brings it back from there."
@@ -199,17 +198,31 @@ class Mirror:
         if not trainer.resume and step_paths(self.folder):
             raise ValueError(f"{self.folder} holds a run already: choose another mirror, or go on with that run by --resume")
         remove_stale(self.folder / "checkpoints")
-        if newest_step(self.folder) > newest_step(self.run): copy_run(self.folder, self.run)
+        self.bring_back()
+
+    def bring_back(self):
+        "Where the mirror is ahead of the run folder, copy from there; what is damaged here is set aside."
+        here, there = ([p for p in step_paths(run) if is_whole(p)] for run in (self.run, self.folder))
+        if not there or (here and here[-1].name >= there[-1].name): return
+        for path in step_paths(self.run):
+            if path not in here: set_aside(path)
+        copy_run(self.folder, self.run)
+
+    def copy(self):
+        "Bring the mirror up to date."
+        wanted = copy_run(self.run, self.folder)
+        for old in step_paths(self.folder):
+            if old.name not in wanted: remove_checkpoint(old)
 
     def saved(self, path):
         if self.writer.busy(): return                            # a slow disk gets fewer copies
         self.complain(self.writer.wait())
-        self.writer.submit(partial(copy_run, self.run, self.folder))
+        self.writer.submit(self.copy)
 
     def finish(self):
         if isinstance(sys.exception(), KeyboardInterrupt) and not hasattr(sys.exception(), "saved"): return  # in a hurry
         self.complain(self.writer.wait())
-        self.writer.attempt(partial(copy_run, self.run, self.folder))
+        self.writer.attempt(self.copy)
         self.complain(self.writer.wait())
 
     def complain(self, error):
