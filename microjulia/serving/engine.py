@@ -265,29 +265,33 @@ class Stream:
         if self._job.events or self._job.done: _wake([self._job])
         return waiter
 
-    def ready(self) -> list:  # of events, maybe empty
-        "All events that are there now, without waiting"
-        events = self._job.events
-        return [Event(*events.popleft()) for _ in range(len(events))]
-
-    @property
-    def finish_reason(self) -> str | None:
-        "Why the text ended: 'stop', 'length', 'cancelled', 'closed' or 'error'; None while it is being made"
-        return self._job.text.finish_reason if self._job.done else None
-
-    def cancel(self):
-        "End the text before its time; what was made of it can still be read"
-        self._engine._cancel(self._job)
-
-    def close(self):
-        "End the text and drop the rest of it"
-        self.cancel()
-        self._job.events.clear()
-
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
     def __del__(self):
         if not self._job.done: self.cancel()
+
+# %% ../../nbs/serving/31_engine.ipynb #d5b2b5e6
+@patch
+def ready(self: Stream) -> list:  # of events, maybe empty
+    "All events that are there now, without waiting"
+    events = self._job.events
+    return [Event(*events.popleft()) for _ in range(len(events))]
+
+@patch(as_prop=True)
+def finish_reason(self: Stream) -> str | None:
+    "Why the text ended: 'stop', 'length', 'cancelled', 'closed' or 'error'; None while it is being made"
+    return self._job.text.finish_reason if self._job.done else None
+
+@patch
+def cancel(self: Stream):
+    "End the text before its time; what was made of it can still be read"
+    self._engine._cancel(self._job)
+
+@patch
+def close(self: Stream):
+    "End the text and drop the rest of it"
+    self.cancel()
+    self._job.events.clear()
 
 # %% ../../nbs/serving/31_engine.ipynb #e37e95ae
 def _wake(jobs):
@@ -340,13 +344,16 @@ class Engine(Generator):
         self.max_batch, self.max_queue, self.chunk, self.max_new_tokens = max_batch, max_queue, chunk, max_new_tokens
         fast = decoder is None and (supports(model) or dtype != 'float32')
         self.decoder = FastDecoder(model, max_batch, dtype) if fast else decoder or TorchDecoder(model, max_batch, exact)
-        self.decoder.step(*np.zeros((3, 1), np.int64))  # what is compiled at the first step is compiled now
         self.choose = Chooser(max_batch, tokenizer.vocab_size)
-        self.pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-        self._free, self._queue, self._jobs = list(range(max_batch)), deque(), {}  # slots; jobs without one, and with one
-        self._reading, self._writing = deque(), []                         # jobs with a prompt to read; those that go on
-        self._slots, self._dropped = np.zeros(0, np.int64), []             # of `_writing`; jobs cancelled meanwhile
-        self._id, self._at, self._left = (np.zeros(max_batch, np.int64) for _ in range(3))  # next id, its position, ids to make
+        first = np.zeros(1, np.int64)
+        self.decoder.step(first, first, first)  # compile now what is compiled at its first use
+        self.pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]  # what each token says
+        self.whole = not any('\ufffd' in piece for piece in self.pieces)  # no token is part of a letter
+        self._free, self._queue, self._jobs = list(range(max_batch)), deque(), {}  # slots; jobs without one; with one
+        self._reading, self._writing = deque(), []               # jobs with a prompt to read; those that write
+        self._slots, self._dropped = np.zeros(0, np.int64), []   # of `_writing`; jobs cancelled meanwhile
+        self._id, self._at, self._left = (np.zeros(max_batch, np.int64) for _ in range(3))  # by slot: the id to be read
+        # next, its position, how many are to be made
         self._lock, self._work, self._closed, self._woken = threading.RLock(), threading.Event(), False, 0.0
         self._steps, self._tokens, self._ended = 0, 0, Counter()
         me = weakref.ref(self)  # so that an engine that nobody uses any more can go, and its thread with it
@@ -361,7 +368,7 @@ def _events(self: Engine, context, text):
     if text.params.max_new_tokens > self.max_new_tokens:
         raise ValueError(f'max_new_tokens must be at most {self.max_new_tokens} here, not {text.params.max_new_tokens}')
     p = text.params
-    job = Job(context, text, not p.stop and p.until is None and p.logprobs is None and '\ufffd' not in ''.join(self.pieces))
+    job = Job(context, text, not p.stop and p.until is None and p.logprobs is None and self.whole)
     with self._lock:
         if self._closed: raise EngineClosed('the engine is closed')
         if text.finish_reason: self._end(job, text.finish_reason)
@@ -449,7 +456,7 @@ def _scores(self: Engine, jobs, slots, pieces):
     except Exception as e:
         if len(jobs) == 1:
             jobs[0].error = e
-            return np.full((1, self.tokenizer.vocab_size), np.nan, np.float32)
+            return np.full((1, self.model.config.vocab_size), np.nan, np.float32)
     pieces = [[]] * (len(jobs) - len(pieces)) + [[ids] for ids in pieces]
     return np.concatenate([self._scores([job], slots[i:i + 1], pieces[i]) for i, job in enumerate(jobs)])
 
@@ -498,7 +505,7 @@ def _hand_over(self: Engine, jobs, slots, logits, changed):
             job.events.append((self.pieces[id], id, p))
         else:
             job.context.append(id)
-            try: job.events.append(job.text.take(id, logits[row]))
+            try: job.events.append(job.text.take(id, logits[row, :len(self.pieces)]))
             except Exception as e: job.error = e
             changed = changed or job.error or job.text.finish_reason
     self._tokens += len(jobs) - len(failed)
