@@ -45,6 +45,7 @@ class Held:
         self.puppet.waiting.set()
         await self.over.wait()
         raise EngineClosed("closed")
+    def ready(self): return []
     def cancel(self):
         if self in self.puppet.handles: self.puppet.handles.remove(self)
         if not self.puppet.handles: self.puppet.empty.set()
