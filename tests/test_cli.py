@@ -16,7 +16,7 @@ from microjulia.cli import main
 SCRIPT = Path(sys.executable).with_name("microjulia" + (".exe" if os.name == "nt" else ""))
 TINY = "--n-layer 1 --n-embd 32 --n-head 2 --block-size 32 --device cpu".split()
 TEXT = "The city is a ship, and the pilot must know the stars. Who knows them? He that has looked. " * 200
-VERBS = "demo", "train", "generate", "chat", "score", "info", "convert", "corpus", "serve"
+VERBS = "demo", "train", "generate", "chat", "score", "info", "convert", "corpus", "serve", "space"
 
 
 def run(*argv, cwd=None, **kw):
