@@ -111,7 +111,8 @@ def make_space(
     save_checkpoint(out / 'model', saved.model, saved.tokenizer, step=saved.step, best_val_loss=saved.best_val_loss,
                     facts=saved.facts)
     title = ' '.join((title or out.resolve().name).split())
-    files = {'README.md': README.format(title=title, quoted=json.dumps(title), parameters=saved.model.num_params()), 'Dockerfile': DOCKERFILE,
+    readme = README.format(title=title, quoted=json.dumps(title), parameters=saved.model.num_params())
+    files = {'README.md': readme, 'Dockerfile': DOCKERFILE,
              'compose.yaml': COMPOSE, 'Caddyfile': CADDYFILE, '.dockerignore': '*\n!model\n',
              '.gitattributes': '*.safetensors filter=lfs diff=lfs merge=lfs -text\n'}
     for name, text in files.items(): (out / name).write_text(text, encoding='utf-8')
