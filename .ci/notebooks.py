@@ -4,7 +4,8 @@
     python .ci/notebooks.py --check                      # run all, compare the text outputs
     python .ci/notebooks.py --dry                        # run all, only to see that they run
 
-Cells that `nbdev_test` leaves out (`#| eval: false`, `#| gpu`, `#| slow`) keep what they have.
+Cells that `nbdev_test` leaves out (`#| eval: false`, `#| gpu`, `#| slow`) keep what they have; those with
+widgets are run by `--dry`, for they must work with both lines of ipywidgets.
 """
 import argparse, os, re, sys, time
 from pathlib import Path
@@ -19,8 +20,11 @@ VOLATILE = re.compile(r"^#\s*volatile|\bminutes=", re.M)  # how far a run gets i
 
 class Client(NotebookClient):
     "A client that leaves the skipped cells as they are."
+    widgets = False  # run the cells that make widgets
+
     async def async_execute_cell(self, cell, cell_index, **kwargs):
-        if cell.cell_type == "code" and SKIP.search(cell.source): return cell
+        wanted = self.widgets and "widgets." in cell.source
+        if cell.cell_type == "code" and SKIP.search(cell.source) and not wanted: return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
@@ -54,12 +58,18 @@ def merge_streams(nb):
     return nb
 
 
-def run(path):
-    "The notebook at `path`, executed."
+PEAK = "import resource, sys; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+
+
+def run(path, widgets=False):
+    "The notebook at `path`, executed, and the most memory it took, bytes."
     nb = nbformat.read(path, as_version=4)
     kernel = nb.metadata.get("kernelspec", {}).get("name", "python3")
-    Client(nb, timeout=600, kernel_name=kernel, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
-    return merge_streams(nb)
+    nb.cells.append(nbformat.v4.new_code_cell(PEAK))
+    client = Client(nb, timeout=600, kernel_name=kernel, store_widget_state=widgets, resources={"metadata": {"path": str(path.parent)}})
+    client.widgets = widgets
+    client.execute()
+    return merge_streams(nb), int(nb.cells.pop().outputs[0].text)
 
 
 def main():
@@ -72,8 +82,8 @@ def main():
     bad = 0
     for path in [q.resolve() for q in args.paths] or notebooks():
         start, before = time.perf_counter(), texts(nbformat.read(path, as_version=4))
-        nb = run(path)
-        print(f"{path.relative_to(ROOT)}  {time.perf_counter() - start:.1f} s", flush=True)
+        nb, peak = run(path, widgets=args.dry)
+        print(f"{path.relative_to(ROOT)}  {time.perf_counter() - start:.1f} s  {peak / 1e9:.1f} GB", flush=True)
         if not (args.check or args.dry): nbformat.write(nb, path)
         for id, new in texts(nb).items():
             if args.check and new != before.get(id, ""):
