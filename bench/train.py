@@ -3,6 +3,7 @@
     python bench/train.py --nanogpt PATH                            # characters per second, the small size
     python bench/train.py --nanogpt PATH --size large --rounds 3
     python bench/train.py --nanogpt PATH --quality TEXT             # time to the loss that nanoGPT's recipe ends at
+    python bench/train.py --ladder                                  # what each improvement of the code gains
     python bench/train.py --sweep TEXT                              # what the recipe was chosen by, on another split
     python bench/train.py --nanogpt PATH --quality TEXT --table     # on a GPU: the whole table, under 8 minutes
 
@@ -30,7 +31,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import machine, save, spread
+from torch.nn import functional as F
 
+from microjulia import attention
 from microjulia.corpus import Corpus
 from microjulia.gpt import GPT, GPTConfig, config_for
 from microjulia.tokenizer import CharTokenizer
@@ -99,7 +102,7 @@ def hugging_face(bench):
     class Model(GPT2LMHeadModel):
         def forward(self, ids, targets):
             logits = super().forward(ids).logits
-            return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     model = Model(config).to(bench.device)
     return model, torch.optim.AdamW(model.parameters(), 1e-3, (.9, .99), weight_decay=.1, fused=True)
 
@@ -118,6 +121,41 @@ class Ours(Trainer):
     def val_loss(self, tokens, windows=None, exact=False):
         dtype = torch.float32 if exact else self.dtype
         return evaluate(self.model, tokens, self.block_size, windows or len(tokens) // self.block_size, 64, self.device, dtype=dtype)
+
+
+class Naive:
+    "The loop that everybody writes first, on our model: windows cut one by one, float32, AdamW as it comes."
+    def __init__(self, bench, seed=0):
+        torch.manual_seed(seed)
+        self.model, self.tokens = GPT(GPTConfig(**bench.shape)).to(bench.device), torch.from_numpy(np.array(bench.corpus.train))
+        self.optimizer, self.bench = torch.optim.AdamW(self.model.parameters(), 1e-3), bench
+
+    def train_step(self):
+        T, device = self.bench.shape["block_size"], self.bench.device
+        starts = torch.randint(len(self.tokens) - T, (self.bench.batch_size,))
+        x, y = (torch.stack([self.tokens[i + k:i + k + T].long() for i in starts]).to(device) for k in (0, 1))
+        loss = F.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+
+class Before(Ours):
+    "Our trainer without the faster forms: the model as it is, attention by PyTorch's own if `library`, Muon in float32 if `full`."
+    def __init__(self, bench, library=False, full=False, own=True, **config):
+        super().__init__(bench, **config)
+        if own: self.forward = self.model
+        if full: self.optimizer.dtype = torch.float32
+        if library:
+            def forward(ids):
+                kept, attention.causal_attention = attention.causal_attention, attend_by_library
+                try: return self.model(ids)
+                finally: attention.causal_attention = kept
+            self.forward = forward
+
+
+def attend_by_library(q, k, v, *rest): return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Nanochat(Ours):
@@ -175,6 +213,7 @@ class Bench:
         self.nano_steps = args.nano_steps or (5000 if args.size == "large" else 2000)
         self.our_steps = args.our_steps or (1500 if args.size == "large" else 500)
         self.dropout = .2 if gpu and args.quality else 0.
+        self.recipe = dict(lr=.03) if args.size == "small" else {}       # for the length of its race, from the sweep
 
     def contenders(self, racing=False):
         "Name -> what makes it from a seed."
@@ -182,7 +221,7 @@ class Bench:
         mine = lambda kind=Ours, **k: lambda seed: kind(self, seed=seed, **k)
         path, gpu = nanogpt(self.args.nanogpt), self.device.type == "cuda"
         found = {"nanoGPT": peer(path), "float32": mine(optimizer="adamw", dtype="float32"), "bf16": mine(optimizer="adamw"),
-                 "muon": mine(), "nanochat": mine(Nanochat), "same recipe": mine(**NANOGPT, steps=self.nano_steps),
+                 "muon": mine(**self.recipe), "nanochat": mine(Nanochat), "same recipe": mine(**NANOGPT, steps=self.nano_steps),
                  "nanoGPT compiled": peer(path, compile=True), "muon compiled": mine(compile=True), "HF": peer(hugging_face)}
         if not gpu: found["nanoGPT bf16"] = peer(path, bf16=True)
         if gpu: found |= {"muon float16": mine(dtype="float16", graph=True), "muon graph": mine(graph=True),
@@ -192,34 +231,54 @@ class Bench:
         if racing: drop = {"float32", "bf16", "HF", "nanoGPT bf16", "muon float16"} | (set() if not gpu else {"nanoGPT", "same recipe", "nanochat", "muon", "muon compiled"})
         return {k: v for k, v in found.items() if k not in drop and (self.args.compile or "compiled" not in k)}
 
+    def ladder(self):
+        "One improvement after the other, on the code alone."
+        mine = lambda kind=Before, **k: lambda seed: kind(self, seed=seed, **k)
+        return {"the naive loop": lambda seed: Naive(self, seed), "one gather, fused AdamW": mine(Ours, optimizer="adamw", dtype="float32"),
+                "bfloat16": mine(optimizer="adamw", library=True), "attention in the open": mine(optimizer="adamw"),
+                "the exact GELU": mine(Ours, optimizer="adamw"), "Muon in float32": mine(full=True, own=False), "Muon in bfloat16": mine(Ours)}
+
     def flops(self):
         "Floating point operations of training on one character."
         s = self.shape
         return 6 * (12 * s["n_layer"] * s["n_embd"]**2 + s["vocab_size"] * s["n_embd"]) + 12 * s["n_layer"] * s["n_embd"] * s["block_size"]
 
 
+def rounds_of(bench, makers):
+    "Seconds of every contender in every round, in turns."
+    contenders, rounds, n = {name: make(0) for name, make in makers.items()}, [], bench.args.steps
+    for c in contenders.values(): clocked(c, 3)
+    for r in range(bench.args.rounds):
+        rounds.append({name: clocked(c, n) for name, c in contenders.items()})
+        print(f"round {r}, ms a step:", {k: round(1e3 * v / n, 1) for k, v in rounds[-1].items()}, flush=True)
+    return rounds
+
+
+def ladder(bench):
+    "Milliseconds of a step after each improvement, and how many times quicker than the one before."
+    rounds = rounds_of(bench, bench.ladder())
+    names = list(rounds[0])
+    return dict(ladder=[dict(name=name, ms_per_step=spread([1e3 * r[name] / bench.args.steps for r in rounds], 2),
+                             times_the_one_before=spread([r[before] / r[name] for r in rounds], 2))
+                        for name, before in zip(names, names[:1] + names)])
+
+
 def speed(bench):
     "Characters per second of all contenders, in turns."
-    n, contenders, rounds = bench.args.steps * bench.batch_size * bench.shape["block_size"], {}, []
-    for name, make in bench.contenders().items():
-        if name == "same recipe": continue
-        contenders[name] = make(0)
-        clocked(contenders[name], 3)
-    for r in range(bench.args.rounds):
-        rounds.append({name: clocked(c, bench.args.steps) for name, c in contenders.items()})
-        print(f"round {r}:", {k: round(n / v) for k, v in rounds[-1].items()}, flush=True)
+    makers = {k: v for k, v in bench.contenders().items() if k != "same recipe"}
+    n, rounds = bench.args.steps * bench.batch_size * bench.shape["block_size"], rounds_of(bench, makers)
     peak = {d: matmul_peak(bench.device, d) for d in {torch.float32, bench.fast}}
     full = lambda name: name in ("float32", "HF") or name.startswith("nanoGPT") and "bf16" not in name
     dtype = lambda name: torch.float32 if full(name) and bench.device.type == "cpu" else bench.fast
     times = lambda a, b: spread([r[a] / r[b] for r in rounds], 2)
+    seconds = {name: statistics.median(r[name] for r in rounds) for name in makers}
     found = {name: dict(chars_per_s=spread([n / r[name] for r in rounds], 0), times_nanogpt=times("nanoGPT", name),
-                        ms_per_step=round(1e3 * statistics.median(r[name] for r in rounds) / bench.args.steps, 2),
-                        share_of_peak=round(bench.flops() * n / statistics.median(r[name] for r in rounds) / peak[dtype(name)], 2))
-             for name in contenders}
-    pairs = {"code, float32": ("nanoGPT", "float32"), "number format": ("float32", "bf16"), "a step of Muon": ("bf16", "muon"),
-             "code, both bf16": ("nanoGPT bf16", "bf16")}
+                        ms_per_step=round(1e3 * seconds[name] / bench.args.steps, 2),
+                        share_of_peak=round(bench.flops() * n / seconds[name] / peak[dtype(name)], 2)) for name in makers}
+    pairs = {"code, float32": ("nanoGPT", "float32"), "number format": ("float32", "bf16"), "code, both bf16": ("nanoGPT bf16", "bf16"),
+             "code and number format": ("nanoGPT", "bf16"), "a step of Muon": ("bf16", "muon")}
     return dict(matmul_peak_gflops={str(k).removeprefix("torch."): round(v / 1e9) for k, v in peak.items()}, contenders=found,
-                factors={k: times(*p) for k, p in pairs.items() if {*p} <= {*contenders}})
+                factors={k: times(*p) for k, p in pairs.items() if {*p} <= {*makers}})
 
 
 def race(bench, seed):
@@ -264,41 +323,42 @@ def quality(bench, head, out):
     return held
 
 
-def variants():
-    "What the sweep tries: name -> arguments of `Ours`."
+def variants(n):
+    "What the sweep tries at `n` steps: name -> arguments of `Ours`."
     def part(share):
         def tune(t):
             top = t.optimizer.param_groups[0]["peak"]
             for g in t.optimizer.param_groups:
                 if not g.get("muon"): g["peak"] = share * top
         return dict(tune=tune)
-    def set_(**values): return dict(tune=lambda t: [setattr(t.optimizer, k, v) for k, v in values.items()])
-    found = {"as it is": {}, "zero-initialised": dict(zero=True)}
-    found |= {f"lr {lr}": dict(lr=lr) for lr in (.01, .015, .03, .04)}
+    def set_(name, value): return dict(tune=lambda t: setattr(t.optimizer, name, value))
+    found = {"as it is": {}, "zero-initialised": dict(zero=True), "weight decay 0": dict(weight_decay=0.), "no clipping": dict(grad_clip=0.),
+             "beta2 0.99": dict(beta2=.99), "nanochat": dict(kind=Nanochat)}
+    found |= {f"lr {lr}": dict(lr=lr) for lr in (.01, .015, .03, .04, .05)}
     found |= {f"AdamW part {s}": part(s) for s in (.2, .8, 1.5)}
-    found |= {f"rounds {k}": set_(rounds=k) for k in (2, 3, 4)}
-    found |= {f"momentum {m}": set_(momentum=m) for m in (.9, .97)}
+    found |= {f"{k} rounds": set_("rounds", k) for k in (2, 3, 4)}
+    found |= {f"momentum {m}": set_("momentum", m) for m in (.9, .97)}
     found |= {f"warm-up {w}": dict(warmup_iters=w) for w in (10, 100)}
-    found |= {"weight decay 0": dict(weight_decay=0.), "no clipping": dict(grad_clip=0.), "beta2 0.99": dict(beta2=.99),
-              "batch 8, twice the steps": dict(batch_size=8, steps=-2), "nanochat": dict(kind=Nanochat)}
-    found |= {f"AdamW {lr}": dict(optimizer="adamw", lr=lr) for lr in (.002, .004, .006, .01)}
+    found |= {f"AdamW, lr {lr}": dict(optimizer="adamw", lr=lr) for lr in (.002, .004, .006, .01)}
+    found |= {"lr 0.03, AdamW part 0.2": dict(lr=.03) | part(.2), "lr 0.03, warm-up 10": dict(lr=.03, warmup_iters=10),
+              "lr 0.03, momentum 0.9": dict(lr=.03) | set_("momentum", .9), "lr 0.03, 4 rounds": dict(lr=.03) | set_("rounds", 4),
+              "lr 0.03, batch 8, twice the steps": dict(lr=.03, batch_size=8, steps=2 * n), "lr 0.03, 4/3 of the steps": dict(lr=.03, steps=4 * n // 3),
+              "lr 0.04, 4/3 of the steps": dict(lr=.04, steps=4 * n // 3), "nanoGPT's recipe, 2000 steps": dict(NANOGPT, steps=2000)}
     return found
 
 
 def sweep(bench, head, out):
-    "The loss of every variant at the same number of characters, for each seed, as far as `out` lacks them."
-    held = json.loads(out.read_text()) if out.exists() else head | dict(steps=bench.our_steps, variants={})
+    "The loss of every variant, for each seed, as far as `out` lacks them."
+    held = json.loads(out.read_text()) if out.exists() else head | dict(variants={})
     for seed in range(bench.args.seeds):
-        for name, change in variants().items():
-            losses, change = held["variants"].setdefault(name, []), dict(change)
-            if len(losses) > seed or bench.args.only and name not in bench.args.only: continue
-            steps = change.pop("steps", -1) * -bench.our_steps
-            t = change.pop("kind", Ours)(bench, seed=seed, steps=steps, **change)
+        for name, change in variants(bench.our_steps).items():
+            rows = held["variants"].setdefault(name, [])
+            if len(rows) > seed or bench.args.only and name not in bench.args.only: continue
+            t = change.pop("kind", Ours)(bench, seed=seed, **change)
             start = time.process_time()
-            clocked(t, steps)
-            losses.append(dict(val_loss=round(t.val_loss(bench.corpus.val, exact=True), 4),
-                               cpu_s=round(time.process_time() - start, 1)))
-            print(name, losses[-1], flush=True)
+            clocked(t, t.steps)
+            rows.append(dict(seed=seed, steps=t.steps, cpu_s=round(time.process_time() - start, 1), val_loss=round(t.val_loss(bench.corpus.val, exact=True), 4)))
+            print(name, rows[-1], flush=True)
             out.write_text(json.dumps(held, indent=1) + "\n")
     return held
 
@@ -315,6 +375,7 @@ def main():
     p.add_argument("--only", nargs="+", help="these contenders beside nanoGPT, or these variants of a sweep")
     p.add_argument("--quality", type=Path, metavar="TEXT", help="measure the time to a loss on this text")
     p.add_argument("--sweep", type=Path, metavar="TEXT", help="try variants of the recipe on this text")
+    p.add_argument("--ladder", action="store_true", help="what each improvement of the code gains")
     p.add_argument("--table", action="store_true", help="speed and quality of the large size, one seed, compiled: for a GPU")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--nano-steps", type=int)
@@ -322,7 +383,7 @@ def main():
     p.add_argument("--out", type=Path, help="where the figures go; bench/results/train-NAME.json without it")
     args = p.parse_args()
     if args.threads: torch.set_num_threads(args.threads)
-    if not args.sweep and not args.nanogpt: p.error("--nanogpt PATH: a checkout of karpathy/nanoGPT")
+    if not args.sweep and not args.ladder and not args.nanogpt: p.error("--nanogpt PATH: a checkout of karpathy/nanoGPT")
     if args.table: args.size, args.compile, args.seeds = "large", True, 1
 
     text = args.quality or args.sweep
@@ -332,11 +393,12 @@ def main():
         corpus = Corpus.from_texts({text.name: chars}, CharTokenizer())
     else: corpus = Corpus.from_paths()
     bench = Bench(args, corpus)
-    name = "gpu" if args.table else "quality" if args.quality else "sweep" if args.sweep else args.size
+    name = "gpu" if args.table else "quality" if args.quality else "sweep" if args.sweep else f"ladder-{args.size}" if args.ladder else args.size
     out = args.out or Path(__file__).parent / "results" / f"train-{name}.json"
     head = machine(bench.device) | dict(shape=bench.shape, batch_size=bench.batch_size, dropout=bench.dropout, train=len(corpus.train),
                                         val=len(corpus.val), **(dict(text=text.name) if text else {}))
     if args.sweep: sweep(bench, head, out)
+    elif args.ladder: save(out, head | ladder(bench))
     elif args.table:
         figures = head | speed(bench)
         save(out, figures)

@@ -1,11 +1,14 @@
 "Steps by tensors, captured steps, steps left out, float16, and the faster forms beside the readable ones."
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from microjulia.corpus import Corpus
 from microjulia.gpt import GPT, GPTConfig
-from microjulia.scaling.fast import MuonAdamW, TensorStep, fast_forward, orthogonalize
-from microjulia.training import TrainConfig, Trainer
+from microjulia.scaling.fast import CapturedStep, MuonAdamW, TensorStep, fast_forward, orthogonalize
+from microjulia.training import TrainConfig, Trainer, load_optimizer_tensors, optimizer_tensors
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CORPUS = Corpus.from_paths()
@@ -108,6 +111,53 @@ def test_a_graph_without_a_card_is_an_error():
     with pytest.raises(ValueError, match="CUDA device"): trainer(graph=True)
 
 
+class PretendedGraph:
+    "What the tests below need of `torch.cuda`: a recording computes nothing, a replay computes the step anew."
+    recordings = 0
+    def __init__(self): PretendedGraph.recordings += 1
+
+    @staticmethod
+    @contextmanager
+    def record(graph, stream):
+        t, kept, drawn = graph.step.trainer, state_of(graph.step.trainer), torch.get_rng_state()
+        yield
+        torch.set_rng_state(drawn)
+        for now, before in zip([*t.model.parameters(), *(v for s in t.optimizer.state.values() for v in s.values())], kept):
+            with torch.no_grad(): now.copy_(before)
+
+    def replay(self):
+        for held, new in zip(self.step.results, self.step.trainer.compute_step(self.step.number)): held.copy_(new)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(Stream=lambda device: stream, current_stream=lambda: stream, stream=lambda s: nullcontext(),
+                            graph=PretendedGraph.record, CUDAGraph=PretendedGraph).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(PretendedGraph, "recordings", 0)
+    def captured(t):
+        t.take_step = PretendedGraph.step = CapturedStep(t)
+        for group in t.optimizer.param_groups: group["capturable"] = False        # a CPU has no such form
+        return t
+    return captured
+
+
+def test_the_order_of_a_capture_without_a_card(pretended):
+    plain, captured = trainer(dtype="float32"), pretended(trainer(dtype="float32"))
+    found = losses(captured)
+    assert found == losses(plain) and PretendedGraph.recordings == 1
+    assert len({loss for loss, _ in found}) > 10                                  # each its own copy, not the last
+
+
+def test_exchanged_memory_is_recorded_anew(pretended):
+    plain, captured = trainer(dtype="float32", steps=24), pretended(trainer(dtype="float32", steps=24))
+    for t in (plain, captured):
+        losses(t, 8)
+        load_optimizer_tensors(t.model, t.optimizer, optimizer_tensors(t.model, t.optimizer))
+    assert losses(captured) == losses(plain) and PretendedGraph.recordings == 2
+
+
 @gpu
 @pytest.mark.parametrize("dtype", ["float32", "auto", "float16"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -123,7 +173,7 @@ def test_a_captured_step_goes_on_with_memory_that_was_exchanged():
     a, b = trainer(**config), trainer(**config, graph=True)
     for t in (a, b):
         losses(t, 8)
-        t.optimizer.load_state_dict(t.optimizer.state_dict())
+        load_optimizer_tensors(t.model, t.optimizer, optimizer_tensors(t.model, t.optimizer))
     for x, y in zip(losses(a, 8), losses(b, 8)): assert x == pytest.approx(y, rel=2e-3)
 
 
