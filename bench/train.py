@@ -349,6 +349,7 @@ def variants(n):
     found |= {"lr 0.03, AdamW part 0.2": dict(lr=.03) | part(.2), "lr 0.03, warm-up 10": dict(lr=.03, warmup_iters=10),
               "lr 0.03, momentum 0.9": dict(lr=.03) | set_("momentum", .9), "lr 0.03, 4 rounds": dict(lr=.03) | set_("rounds", 4),
               "lr 0.03, batch 8, twice the steps": dict(lr=.03, batch_size=8, steps=2 * n), "lr 0.03, 4/3 of the steps": dict(lr=.03, steps=4 * n // 3),
+              "lr 0.03, twice the steps": dict(lr=.03, steps=2 * n),
               "lr 0.04, 4/3 of the steps": dict(lr=.04, steps=4 * n // 3), "nanoGPT's recipe, 2000 steps": dict(NANOGPT, steps=2000)}
     return found
 
