@@ -359,6 +359,13 @@ def test_a_client_that_leaves_gives_its_places_back(text, body, leave):
         assert not service.busy
 
 
+def test_a_silent_stream_is_kept_alive(monkeypatch):
+    monkeypatch.setattr("microjulia.serving.server.KEEP_ALIVE", .01)
+    with server(("m", Puppet())) as service, connect(service) as s:
+        s.sendall(post(chat(stream=True)))
+        until(s, b"\n: waiting\n\n")
+
+
 def test_no_place_is_kept_when_the_queue_is_full():
     puppet = Puppet(room=2)
     with server(("m", puppet)) as service:
@@ -456,6 +463,18 @@ def test_the_command_refuses(capsys, argv, said):
     assert main(["serve", *(["--port", "0"] if "port" not in argv else []), *argv.split()]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1, err
+
+
+def test_keys_from_the_environment_let_in_other_machines(capsys, monkeypatch):
+    from microjulia.cli import main
+    monkeypatch.setenv("MICROJULIA_API_KEYS", "one,two")
+    assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--model", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_one_line():
+    code = "import sys; sys.modules['uvicorn'] = None; from microjulia.cli import main; sys.exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr == "microjulia: error: the server needs uvicorn: pip install 'microjulia[serve]'\n"
 
 
 def test_a_port_in_use_offers_the_next(capsys, live):

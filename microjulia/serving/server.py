@@ -396,13 +396,13 @@ def routes(
 # %% ../../nbs/serving/33_server.ipynb #b51936eb
 @cache
 def page(
-    *sources: str,  # the scripts that answer the page's questions, which page.js names; none is the API of this server
+    source: str = 'http.js',  # the script that answers the page's questions; page.js says what they are
 ) -> str:
     "The page with its scripts inside"
     import microjulia
     folder = Path(microjulia.__file__).parent / 'static'
     html = (folder / 'page.html').read_text(encoding='utf-8')
-    script = '\n'.join((folder / name).read_text(encoding='utf-8') for name in ('page.js', *(sources or ('http.js',))))
+    script = '\n'.join((folder / name).read_text(encoding='utf-8') for name in ('page.js', source))
     return html.replace('/* script */', script)
 
 def html_response(
@@ -498,6 +498,7 @@ def make_app(
 def close(self: Service):
     "Take nothing new, and end every text with a reason."
     self.closing = True
+    self.scorer.shutdown(wait=False, cancel_futures=True)
     for m in self.models.values(): m.engine.close()
 
 # %% ../../nbs/serving/33_server.ipynb #dfc5f412
