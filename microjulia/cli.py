@@ -414,7 +414,7 @@ def serve(
     device: str | None = None, # cpu, cuda, mps (default: the fastest)
 ):
     "Serve models over HTTP in OpenAI's format, with a page to try them."
-    try: from microjulia.serving import protocol, server
+    try: from microjulia.serving import answers, protocol, server
     except ImportError as error: raise ValueError(error) from None
     if long_prompt not in ("crop", "reject"): raise ValueError(f"--long-prompt is crop or reject, not {long_prompt!r}")
     keys = [k for k in [*(api_key or []), *os.environ.get("MICROJULIA_API_KEYS", "").split(",")] if k.strip()]
@@ -422,7 +422,7 @@ def serve(
     limits = protocol.Limits(new_tokens=max_tokens, per_client=per_client, drain_seconds=drain)
     template = dict(template=protocol.chat_template(chat_template)) if chat_template else {}
     with server.bind(host, port) as sock:
-        service = server.Service(served(model, max_batch, max_queue, device), limits, keys, cors_origin or (), **template,
+        service = answers.Service(served(model, max_batch, max_queue, device), limits, keys, cors_origin or (), **template,
                                  crop=long_prompt == "crop", log_prompts=log_prompts)
         announce(host, sock.getsockname()[1], keys)
         server.log_to_stderr()
@@ -432,7 +432,7 @@ def served(models, max_batch, max_queue, device) -> list:
     "The models to serve, each with an engine."
     from microjulia import api
     from microjulia.serving.engine import Engine
-    from microjulia.serving.server import Served
+    from microjulia.serving.answers import Served
     def one(text):
         name, _, path = text.rpartition("=") if text else ("microjulia", "", None)
         m = api.load(path, device)

@@ -7,9 +7,10 @@ import torch
 
 from microjulia.generation import Event
 from microjulia.gpt import GPT, GPTConfig
+from microjulia.serving.answers import Served, Service
 from microjulia.serving.engine import Engine, EngineClosed, QueueFull
 from microjulia.serving.protocol import Limits
-from microjulia.serving.server import Background, Served, Service
+from microjulia.serving.server import Background
 from microjulia.tokenizer import CharTokenizer
 
 tok = CharTokenizer()

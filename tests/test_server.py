@@ -22,7 +22,8 @@ from microjulia.streaming import chat_completion, stream_chat, stream_completion
 openai = pytest.importorskip("openai", reason="the client is the openai package")
 pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 from microjulia.serving.protocol import Limits, chat_template, openapi  # noqa: E402
-from microjulia.serving.server import Connection, Served, Service, make_server, page  # noqa: E402
+from microjulia.serving.answers import Served, Service  # noqa: E402
+from microjulia.serving.server import Connection, make_server, page  # noqa: E402
 from server_rig import LIMITS, WAIT, Held, Puppet, engine, server, tok  # noqa: E402
 
 @pytest.fixture(scope="module")
@@ -360,7 +361,7 @@ def test_a_client_that_leaves_gives_its_places_back(text, body, leave):
 
 
 def test_a_silent_stream_is_kept_alive(monkeypatch):
-    monkeypatch.setattr("microjulia.serving.server.KEEP_ALIVE", .01)
+    monkeypatch.setattr("microjulia.serving.answers.KEEP_ALIVE", .01)
     with server(("m", Puppet())) as service, connect(service) as s:
         s.sendall(post(chat(stream=True)))
         until(s, b"\n: waiting\n\n")
