@@ -254,7 +254,7 @@ RANGES = [("temperature", [0, 0.5, 2], [-0.1, 2.1, "1", True, math.nan, math.inf
                                                                 {"a": "1"}, {"a": 101}, {"9" * 5000: 1}, {"a": True}]),
           ("model", ["x"], [1, []]), ("response_format", [{"type": "text"}], [{"type": "json_object"}, "text"]),
           ("tool_choice", ["auto", "none"], ["required", {"type": "function"}]), ("best_of", [1], [2, 0]),
-          ("modalities", [["text"]], [["text", "audio"]]), ("stream_options", [], [{}, {"include_usage": True}, 3])]
+          ("chunk_chars", [1, 10**6], [0, 1.5, "1", True]), ("modalities", [["text"]], [["text", "audio"]]), ("stream_options", [], [{}, {"include_usage": True}, 3])]
 
 
 @pytest.mark.parametrize("name,value", [(name, v) for name, good, _ in RANGES for v in [*good, None]])
