@@ -8,11 +8,13 @@ Everything talks over 127.0.0.1 and is started and stopped here. `--streams` cli
 ask for the next, until `--seconds` are over. `engine` is the rate of `Engine` with as many streams and nobody between: its events
 are taken out in the process that makes them. `one by one` is the server when each character is asked for in a chunk of its own;
 `overload` has more clients than places. PYTHON is an interpreter with `transformers[serving]` and `llama-cpp-python[server]`;
-they get the same weights by our own export, and the same requests.
+they get the same weights by our own export, and the same requests. `load_average` says how busy the machine was: where it is far
+above the number of contenders' threads, compare `cpu_us_per_char`, the processor time of the whole process, rather than the rates.
 """
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -126,6 +128,12 @@ async def ask(port, raw):
     finally: writer.close()
 
 
+def cpu_seconds(process):
+    "Processor time of a process so far, its threads and what it started not counted apart."
+    stat = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def free_port():
     with bind("127.0.0.1", 0) as s: return s.getsockname()[1]
 
@@ -139,20 +147,23 @@ def engine_rate(folder, streams, seconds, length):
     with Engine(m.model, m.tokenizer, max_batch=streams) as engine:
         ids, params = encode_prompt(m.tokenizer, PROMPT), SamplingParams(max_new_tokens=length)
         rows = [engine.stream(ids, params) for _ in range(streams)]
-        start, chars = time.perf_counter(), 0
+        start, used, chars = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() < start + seconds:
             for i, s in enumerate(rows):
                 chars += sum(len(e.text) for e in s.ready())
                 if s.finish_reason: rows[i] = engine.stream(ids, params)
             time.sleep(.005)
-        return round(chars / (time.perf_counter() - start))
+        return dict(chars_per_second=round(chars / (time.perf_counter() - start)),
+                    cpu_us_per_char=round(1e6 * (time.process_time() - used) / chars, 1))
 
 
 def measure(name, command, port, body, streams, seconds):
-    with running(command, port):
+    with running(command, port) as process:
         load_ = Load(port, body, streams)
         asyncio.run(load_.run(min(5, seconds)))  # warm
+        used = cpu_seconds(process)
         result = asyncio.run(load_.run(seconds))
+        result["cpu_us_per_char"] = round(1e6 * (cpu_seconds(process) - used) / max(1, load_.chars), 1)
     print(name, json.dumps(result), flush=True)
     return result
 
@@ -176,8 +187,9 @@ def compare(args, folder, length):
     port = free_port()
     few = ours(model, "--max-batch", n // 2, "--max-queue", n // 4, port=port)
     found["overload"] = measure("overload", few, port, body, n, short)
-    found["engine"] = dict(streams=n, chars_per_second=engines, median=statistics.median(engines))
-    for name in "server", "one by one": against(name, found, statistics.median(engines))
+    medians = {k: statistics.median(e[k] for e in engines) for k in engines[0]}
+    found["engine"] = dict(streams=n, **medians, runs=engines)
+    for name in "server", "one by one": against(name, found, medians["chars_per_second"])
     if args.peers: found |= peers(args, folder, body, short)
     return found
 
@@ -257,7 +269,7 @@ def main():
         config = load(folder, "cpu").model.config
         length = min(200, config.block_size - len(PROMPT) - 1)
         found = memory(args, folder) if args.requests else compare(args, folder, length)
-    figures = dict(machine(), model=config.to_dict(), new_characters=length, results=found)
+    figures = dict(machine(), load_average=os.getloadavg(), model=config.to_dict(), new_characters=length, results=found)
     if args.save: save(args.save, figures)
     else: print(json.dumps(figures, indent=1))
 
