@@ -14,7 +14,7 @@ noted after how many characters they part.
   whole loop in C++. Ours is `Generator.generate`, and `ours torch` the same without the kernel.
 - batch: so many texts at once, in step, characters per second of all together. `ours` is the kernel with NumPy's greedy choice,
   `engine` the whole engine with its sampler and a reader for each text.
-- first: from the request to the first character on a loaded model.
+- first: from the request to the first character on a loaded model; a step of several rows; compiling and loading the kernel.
 - past: a text of four windows. nanoGPT and `exact` recompute the window for each character, `anchor` re-reads half of it when it is
   full; beside them the bits per character of both rules on held-out text.
 """
@@ -23,6 +23,7 @@ import ctypes
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -120,13 +121,10 @@ class CTranslate2:
         path = folder.parent/"ct2"
         if not path.exists(): ctranslate2.converters.TransformersConverter(str(folder)).convert(str(path))
         self.engine = ctranslate2.Generator(str(path), compute_type=compute_type, inter_threads=1, intra_threads=1)
-        self.words = list(map(TOK.decode, range(28)))
-        self.id = {self._word(i): i for i in range(28)}
-
-    def _word(self, i): return TOK.decode([i])
+        self.id = {c: i for i, c in enumerate(TOK.chars)}
 
     def _generate(self, starts, n, k):
-        result = self.engine.generate_batch([[self._word(i)] for i in starts], max_batch_size=len(starts), min_length=n, max_length=n,
+        result = self.engine.generate_batch([[TOK.chars[i]] for i in starts], max_batch_size=len(starts), min_length=n, max_length=n,
                                             sampling_topk=k, sampling_temperature=1, include_prompt_in_result=False, suppress_sequences=[["<bos>"]])
         return [[self.id[w] for w in r.sequences[0]] for r in result]
 
@@ -222,11 +220,11 @@ def same_text(all_, n):
 
 
 def in_turns(rounds, run, names, seldom=()):
-    "Seconds of each contender in each round; those that are very slow run in the first two rounds only."
+    "Seconds of each contender in each round; those that are very slow run in one round only."
     times = {name: [] for name in names}
     for r in range(rounds + 1):
         for name in names:
-            if name in seldom and r > 2: continue
+            if name in seldom and r > 1: continue
             start = time.perf_counter()
             seconds = run(name)
             if r: times[name].append(seconds if seconds is not None else time.perf_counter() - start)  # round 0 warms up
@@ -257,10 +255,10 @@ def stream(all_, T, rounds, llama_bench):
 def batches(all_, T, rounds, sizes):
     out = {}
     for n in sizes:
-        names = [name for name, c in all_.items() if hasattr(c, "batch") and name not in ("ours torch", "Hugging Face" if n > 16 else "")]
+        names = [name for name, c in all_.items() if hasattr(c, "batch") and name != "ours torch" and (name != "Hugging Face" or n * T <= 16 * 128)]
         out[n] = table(in_turns(rounds, lambda name: all_[name].batch(n, T - 1), names), n * (T - 1),
                        ("CTranslate2 float32", "llama.cpp f32", "llama.cpp q8_0"))
-    return out
+    return {str(n): t for n, t in out.items()}
 
 
 def first(all_, T, trials=200):
@@ -283,13 +281,45 @@ def past(all_, model, corpus, rounds):
     for name, options in {"anchor": {}, "exact": dict(slide="exact"), "anchor torch": dict(fast=False)}.items():
         c = Ours(model, **options)
         run[name] = lambda c=c: c.write(n) and None
-    text = np.asarray(corpus.val[:20_000], dtype=np.int64)
-    windows = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(text, T + 1))
+    text = np.array(corpus.val[:6_000], dtype=np.int64)
+    windows = torch.from_numpy(text).unfold(0, T + 1, 1)
     with torch.no_grad():
         full = torch.cat([torch.log_softmax(model(w[:, :-1])[:, -1], -1).gather(1, w[:, -1:])[:, 0] for w in windows.split(256)])
     bits = dict(anchor=score(model, text)[T - 1:].mean() / math.log(2), exact=-full.mean().item() / math.log(2))
     return dict(characters=n, contenders=table(in_turns(rounds, lambda name: run[name]() and None, run), n, ("nanoGPT",)),
                 bits_per_char={k: round(v, 4) for k, v in bits.items()}, scored=len(full))
+
+
+def rows(model, repeats=200):
+    "Microseconds of a step that reads 1 to 7 characters of one text: what guessing ahead would cost."
+    decoder, out = fast_decoder(model), {}
+    for n in range(1, 8):
+        at, us = [np.arange(n) % 28, np.zeros(n, np.int64), np.arange(n) + model.config.block_size // 2], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            decoder.step(*at)
+            us.append(1e6 * (time.perf_counter() - start))
+        out[n] = round(statistics.median(us), 1)
+    return out
+
+
+PREPARE = """
+import time, torch
+from microjulia.generation import Generator
+from microjulia.gpt import GPT, GPTConfig
+from microjulia.tokenizer import CharTokenizer
+torch.set_num_threads(1)
+generator, start = Generator(GPT(GPTConfig()), CharTokenizer()), time.perf_counter()
+generator.prepare()
+print(time.perf_counter() - start)
+"""
+
+def compiling():
+    "Seconds until the kernel is ready in a new process: the first time on a machine, and after that."
+    with tempfile.TemporaryDirectory() as cache:
+        run = lambda: float(subprocess.run([sys.executable, "-c", PREPARE], env=os.environ | {"NUMBA_CACHE_DIR": cache},
+                                           capture_output=True, text=True, check=True).stdout)
+        return dict(compile_s=round(run(), 2), load_s=round(run(), 2))
 
 
 def main():
@@ -299,7 +329,7 @@ def main():
     p.add_argument("--parts", nargs="+", default=["stream", "batch", "first", "past"], choices=["stream", "batch", "first", "past"])
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
-    p.add_argument("--steps", type=int, default=400, help="steps that the small model is trained")
+    p.add_argument("--steps", type=int, default=200, help="steps that the small model is trained")
     p.add_argument("--llama-bench", help="llama.cpp's native bench program")
     p.add_argument("--out", type=Path, help="where the figures go; bench/results/generate.json without it. Parts measured before are kept")
     args = p.parse_args()
@@ -319,11 +349,15 @@ def main():
             part = found.setdefault(size, {}) | dict(shape=dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=T, vocab_size=28),
                                                      greedy=same_text(all_, T - 1))
             print(size, part["greedy"], flush=True)
-            if "stream" in args.parts: part["stream"] = stream(all_, T, args.rounds, args.llama_bench) | machine()
-            if "first" in args.parts: part["first_ms"] = first(all_, T)
-            if "batch" in args.parts: part["batch"] = batches(all_, T, max(3, args.rounds // 2), args.batches)
-            if "past" in args.parts and size == "small": part["past"] = past(all_, model, corpus, max(3, args.rounds // 2))
-            found[size] = part
+            run = {"stream": lambda: dict(stream=stream(all_, T, args.rounds, args.llama_bench)),
+                   "first": lambda: dict(first_ms=first(all_, T), rows_us=rows(model)),
+                   "batch": lambda: dict(batch=part.get("batch", {}) | batches(all_, T, max(2, args.rounds // 2), args.batches)),
+                   "past": lambda: dict(past=past(all_, model, corpus, max(3, args.rounds // 2))) if size == "small" else {}}
+            for name in args.parts:
+                part |= run[name]()
+                found[size] = part
+                out.write_text(json.dumps(found))
+    if "first" in args.parts: found |= compiling()
     from importlib.metadata import version
     peers = {n: version(n) for n in ("transformers", "ctranslate2", "llama-cpp-python", "numba", "numpy")}
     save(out, found | machine() | dict(peers=peers))

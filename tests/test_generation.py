@@ -486,3 +486,18 @@ def test_summary():
 
 def test_too_short_to_score():
     with pytest.raises(ValueError, match="two tokens"): score(MODEL, [1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_step_on_a_gpu_is_one_graph():
+    from microjulia.generation import GraphStep, TorchWriter
+    model = small().cuda()
+    ids, slow = list(range(12)), TorchWriter(model, V)
+    assert isinstance(slow.graph, GraphStep)
+    expected = model(torch.tensor([ids]).cuda())[0].float().detach().cpu().numpy()
+    for _ in range(2):
+        slow.read(ids[:5], 0)
+        found = [slow.read([id], 5 + i) for i, id in enumerate(ids[5:])]
+        assert np.abs(np.stack(found) - expected[5:]).max() < 1e-4
+    params = SamplingParams(seed=1, max_new_tokens=40)
+    assert Generator(model, tok).generate("virtue", params) == Generator(model.cpu(), tok, fast=False).generate("virtue", params)
