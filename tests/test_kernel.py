@@ -173,6 +173,14 @@ def test_declined_choices_are_made(monkeypatch):
     assert ids[1:] == [0, 1, 2, 3] * 2 and logits.shape == (1, 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_loop_has_the_scores_of_the_step(dtype):
+    "To the bit, so that the generator and an engine write the same text from a seed."
+    decoder = FastDecoder(small(3), dtype=dtype)
+    ids, logits = decoder.write([5, 7, 9], 0, Sampler(SamplingParams(seed=2), 28), 14)
+    assert len(ids) == 14 and np.array_equal(prompt(decoder.fresh(), [5, 7, 9, *ids[:-1]])[2:], logits)
+
+
 def test_changed_weights_are_seen():
     model = small(3)
     generator, params = Generator(model, TOK), SamplingParams(seed=1, temperature=0, max_new_tokens=12)
