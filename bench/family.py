@@ -10,6 +10,7 @@ its processor time is used up: one thread, float formats as everywhere in the pa
 alone, so that what else the machine does disturbs little. All train by the package's default recipe; with several `--lrs`
 each contender takes the one that was best for it in short runs, judged on the last tenth of the works it trains on. Every run
 is a process of its own, and its figures are kept as soon as it ends: the same command goes on with the runs that are missing.
+Beside them stand n-grams that have counted all of the same text.
 """
 import argparse
 import ast
@@ -158,6 +159,7 @@ def main():
         print(json.dumps(one_run(kind, contender, float(lr), int(seed), float(seconds), data)))
         return
 
+    from microjulia.corpus import NgramModel
     from microjulia.gpt import arch_names
     contenders = args.contenders or [*arch_names(), FLAT]
     corpus, unseen, names = read_books(args.books)
@@ -186,7 +188,11 @@ def main():
                 for lr in tried: run("tuning", f"{contender}/{lr}", contender, lr, 1000, args.seconds / 4)
                 lr = min(args.lrs, key=lambda lr: result["tuning"].get(f"{contender}/{lr}", 0))
                 run("runs", f"{contender}/{seed}", contender, lr, seed, args.seconds)
-    print(json.dumps(result["table"], indent=1))
+    if "counted" not in result:
+        sizes = {n: NgramModel(n, corpus.tokenizer.vocab_size).fit(corpus.train).bits_per_char(unseen) for n in (2, 3, 5)}
+        result["counted"] = {str(n): round(float(bits), 4) for n, bits in sizes.items()}
+    save(args.out, result | machine() | {"threads": 1}, show=False)
+    print(json.dumps(dict(counted=result["counted"], table=result["table"]), indent=1))
 
 
 if __name__ == "__main__": main()

@@ -66,6 +66,7 @@ def test_a_stopped_comparison_goes_on(family, books, tmp_path, monkeypatch):
     family.main()
     assert asked == [("runs", "monarchslm", "1"), ("runs", "gpt2", "2"), ("runs", "monarchslm", "2")]
     found = json.loads(out.read_text())
+    assert found["counted"]["2"] > found["counted"]["5"] > 0
     assert found["table"]["gpt2"]["unseen_works"] == dict(median=3, quartiles=[2, 4], range=[2, 4]) and found["table"]["gpt2"]["seeds"] == 3
     monkeypatch.setattr(sys, "argv", [*command, "--seconds", "10"])
     with pytest.raises(SystemExit, match="made with other seconds"): family.main()
