@@ -71,7 +71,7 @@ def make_trainer(model, corpus, lr, seed, seconds):
             self.spent += time.process_time() - start
             return done
 
-    trainer = OnProcessorTime(model, corpus, TrainConfig(minutes=1, batch_size=BATCH, lr=lr, seed=seed, warmup_iters=40))
+    trainer = OnProcessorTime(model, corpus, TrainConfig(minutes=1, batch_size=BATCH, lr=lr, seed=seed, warmup_iters=25))
     model.train()
     return trainer
 
@@ -148,7 +148,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("books", nargs="*", help="files, folders or patterns")
     p.add_argument("--contenders", nargs="+", help="architectures; every one there is, and JuliaSLM's old layout, without it")
-    p.add_argument("--seconds", type=float, default=60., help="processor time of a run; the short runs have a quarter")
+    p.add_argument("--seconds", type=float, default=30., help="processor time of a run; the short runs have a quarter")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--lrs", type=float, nargs="+", default=[.02], help="learning rates to choose from (default: 0.02)")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "family.json")
