@@ -2,7 +2,7 @@
 
     python bench/family.py BOOKS                # the figures in bench/results/family.json
     python bench/family.py BOOKS --seconds 3600 --out long.json
-    python bench/family.py BOOKS --contenders gpt2 my-mixer monarchslm:order=torch
+    python bench/family.py BOOKS --contenders gpt2 my-mixer monarchslm:monarch_order=torch
 
 BOOKS is a folder of texts, of which every ninth in order of name is held out whole. Each contender is an architecture at its
 size 1m, with changes of its config behind a colon. All see the same batches of a seed, each step the same for all, until
@@ -26,7 +26,6 @@ from pathlib import Path
 from common import machine, peak, save, spread
 
 BATCH, WINDOWS, POINTS, PROMPT = 8, 400, 8, "the nature of the soul is "
-FLAT = "juliaslm:head_layout=julia_flat"  # the layout of heads that the original was trained with
 
 
 def read_books(paths, every=9):
@@ -86,11 +85,10 @@ def bits(model, tokens, windows=WINDOWS):
 
 
 def write_sample(model, tokenizer):
-    "A text of 200 characters, the characters a second of processor time, and the cache of one text in kilobytes."
+    "A text of 200 characters, and the cache of one text in kilobytes."
     from microjulia.generation import Generator, SamplingParams
-    start = time.process_time()
     text = Generator(model, tokenizer).generate(PROMPT, SamplingParams(max_new_tokens=200, seed=1))
-    return text, round(200 / (time.process_time() - start)), round(model.new_cache(1).nbytes / 1024)
+    return text, round(model.new_cache(1).nbytes / 1024)
 
 
 def one_run(kind, contender, lr, seed, seconds, data):
@@ -117,10 +115,10 @@ def one_run(kind, contender, lr, seed, seconds, data):
     seen = bits(model, val, WINDOWS // 4)
     if kind == "tuning": return seen
     tokens = trainer.step * BATCH * trainer.block_size
-    text, speed, kb = write_sample(model, corpus.tokenizer)
+    text, kb = write_sample(model, corpus.tokenizer)
     return dict(contender=contender, seed=seed, lr=lr, parameters=model.num_params(), steps=trainer.step, tokens=tokens,
                 tokens_per_s=round(tokens / trainer.spent), seen_works=seen, unseen_works=bits(model, unseen),
-                training_mb=round(mb), cache_kb=kb, written_per_s=speed, curve=curve, sample=PROMPT + text)
+                training_mb=round(mb), cache_kb=kb, curve=curve, sample=PROMPT + text)
 
 
 def summary(runs):
@@ -131,7 +129,7 @@ def summary(runs):
         table[name] = dict(seeds=len(mine), lr=mine[0]["lr"]) | {
             k: spread([r[k] for r in mine], 4) for k in ("unseen_works", "seen_works")} | {
             k: spread([r[k] for r in mine], 0)["median"] for k in ("parameters", "tokens", "tokens_per_s", "training_mb",
-                                                                   "cache_kb", "written_per_s")}
+                                                                   "cache_kb")}
     return table
 
 
@@ -147,7 +145,7 @@ def opened(path, settings):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("books", nargs="*", help="files, folders or patterns")
-    p.add_argument("--contenders", nargs="+", help="architectures; every one there is, and JuliaSLM's old layout, without it")
+    p.add_argument("--contenders", nargs="+", help="architectures; every one there is without it")
     p.add_argument("--seconds", type=float, default=30., help="processor time of a run; the short runs have a quarter")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--lrs", type=float, nargs="+", default=[.02], help="learning rates to choose from (default: 0.02)")
@@ -161,7 +159,7 @@ def main():
 
     from microjulia.corpus import NgramModel
     from microjulia.gpt import arch_names
-    contenders = args.contenders or [*arch_names(), FLAT]
+    contenders = args.contenders or arch_names()
     corpus, unseen, names = read_books(args.books)
     settings = dict(what="bits per character on whole works held out, after equal processor time on one thread",
                     seconds=args.seconds, batch_size=BATCH, windows=WINDOWS, lrs=args.lrs, held_out=names,
@@ -191,6 +189,7 @@ def main():
     if "counted" not in result:
         sizes = {n: NgramModel(n, corpus.tokenizer.vocab_size).fit(corpus.train).bits_per_char(unseen) for n in (2, 3, 5)}
         result["counted"] = {str(n): round(float(bits), 4) for n, bits in sizes.items()}
+    result["table"] = summary(result["runs"])
     save(args.out, result | machine() | {"threads": 1}, show=False)
     print(json.dumps(dict(counted=result["counted"], table=result["table"]), indent=1))
 

@@ -54,7 +54,7 @@ def test_a_stopped_comparison_goes_on(family, books, tmp_path, monkeypatch):
         asked.append((kind, contender, seed))
         assert seconds == "9.0" and len(np.load(Path(data, "unseen.npy")))
         run = dict(contender=contender, seed=int(seed), lr=float(lr), parameters=1, tokens=2, tokens_per_s=3, seen_works=2.5,
-                   unseen_works=2 + int(seed), training_mb=4, cache_kb=5, written_per_s=6)
+                   unseen_works=2 + int(seed), training_mb=4, cache_kb=5)
         return SimpleNamespace(stdout=json.dumps(run))
 
     monkeypatch.setattr(family.subprocess, "run", fake)
@@ -77,7 +77,7 @@ def test_the_best_learning_rate_of_short_runs_is_taken(family, books, tmp_path, 
         _, _, _, kind, contender, lr, seed, seconds, _ = command
         if kind == "tuning": return SimpleNamespace(stdout=json.dumps(abs(float(lr) - .02)))
         return SimpleNamespace(stdout=json.dumps(dict.fromkeys(("parameters", "tokens", "tokens_per_s", "seen_works", "unseen_works",
-            "training_mb", "cache_kb", "written_per_s"), 1) | dict(contender=contender, lr=float(lr), seed=int(seed))))
+            "training_mb", "cache_kb"), 1) | dict(contender=contender, lr=float(lr), seed=int(seed))))
     monkeypatch.setattr(family.subprocess, "run", fake)
     monkeypatch.setattr(sys, "argv", ["family.py", str(books), "--contenders", "gpt2", "--lrs", ".01", ".02", ".04", "--out", str(tmp_path/"x.json")])
     family.main()
