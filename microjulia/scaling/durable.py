@@ -78,7 +78,7 @@ class SkipBadSteps:
     def watch(self, losses, norms):
         t, bad = self.trainer, [not math.isfinite(n) for n in norms]
         if t.scaler.is_enabled() and t.scaler.get_scale() >= 1: return   # float16 overflows now and then: the scaler's business
-        if any(bad): warn(t, f"{sum(bad)} of the last {len(bad)} steps had a gradient that is no number, and were left out")
+        if any(bad): warn(t, f"left out {sum(bad)} of the last {len(bad)} steps: the gradient is not a number")
         for b in bad:
             self.streak = (self.streak + 1) * b
             if self.streak == 3: t.diverged("three gradients in a row were no numbers")
@@ -203,7 +203,7 @@ class Mirror:
     def bring_back(self):
         "Where the mirror is ahead of the run folder, copy from there; what is damaged here is set aside."
         here, there = ([p for p in step_paths(run) if is_whole(p)] for run in (self.run, self.folder))
-        if not there or (here and here[-1].name >= there[-1].name): return
+        if not there or (here and int(here[-1].name[5:]) >= int(there[-1].name[5:])): return
         for path in step_paths(self.run):
             if path not in here: set_aside(path)
         copy_run(self.folder, self.run)
