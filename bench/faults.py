@@ -64,7 +64,7 @@ def main():
         print(f"{name:4} {r['recovered']:>4} of {r['runs']:>4} recovered, {r.get('detected', '-'):>4} detected  {r['what']}", flush=True)
         rows = {r["fault"]: r for r in json.loads(args.out.read_text())["rows"]} if args.out.exists() else {}
         rows[name] = r
-        args.out.write_text(json.dumps(dict(machine(), command="python bench/faults.py", rows=[rows[k] for k in FULL if k in rows]), indent=1))
+        args.out.write_text(json.dumps(dict(machine(), command="python bench/faults.py", rows=[rows[k] for k in FULL if k in rows]), indent=1) + "\n")
     return 0 if fine else 1
 
 
