@@ -10,7 +10,7 @@ import torch
 
 from microjulia.checkpoint import newest_whole, read_config
 from microjulia.corpus import Corpus
-from microjulia.scaling.distributed import check_restarts, check_sharing, launch, rows_of, torchrun
+from microjulia.scaling.distributed import check_restarts, check_supported, launch, rows_of, torchrun
 from microjulia.training import TrainConfig, launched, make_trainer, read_metrics
 
 torch.set_num_threads(1)
@@ -83,10 +83,10 @@ def test_one_process_does_not_shard():
 
 
 @pytest.mark.parametrize("options, message", [(dict(), "muon needs whole ones"), (dict(optimizer="adamw", dtype="float16"), "float16"),
-                                              (dict(optimizer="adamw", compile=True), "compile")])
+                                              (dict(optimizer="adamw", compile=True), "compile"), (dict(graph=True), "one process")])
 def test_fsdp_refuses_what_it_cannot_do(options, message):
     config = TrainConfig(fsdp=True, **options)
-    with pytest.raises(ValueError, match=message): check_sharing(config, getattr(torch, config.dtype, torch.float32))
+    with pytest.raises(ValueError, match=message): check_supported(config, getattr(torch, config.dtype, torch.float32))
 
 
 def test_a_restart_that_would_not_go_on_is_refused(monkeypatch):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rows_of', 'join', 'from_first', 'check_alike', 'DistributedTrainer', 'tensor_from_first', 'shard', 'share_like',
-           'check_sharing', 'is_loss', 'check_restarts', 'check_nproc', 'relay', 'worker', 'torchrun', 'launch']
+           'check_supported', 'is_loss', 'check_restarts', 'check_nproc', 'relay', 'worker', 'torchrun', 'launch']
 
 # %% ../../nbs/scaling/52_distributed.ipynb #52a00005
 import io
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..api import free_name, train
-from ..cli import run_verb
+from ..cli import leave, run_verb
 from ..corpus import eval_windows
 from ..gpt import build_model
 from ..training import (FORWARD, Interrupted, Trainer, accumulation, find_function, free_bytes, get_device,
@@ -82,7 +82,7 @@ class DistributedTrainer(Trainer):
     def __init__(self, model, corpus, config, out=None, callbacks=(), sample_fn=None, device=None): # as for `Trainer`
         device = get_device(device)
         self.joined = join(device)
-        check_sharing(config, get_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype))
+        check_supported(config, get_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype))
         rank, self.world_size = dist.get_rank(), dist.get_world_size()
         rows = rows_of(rank, self.world_size, config.batch_size)
         check_alike(configuration=asdict(config), model=model.config, text=corpus.sha256)
@@ -171,11 +171,12 @@ def share_like(
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 # %% ../../nbs/scaling/52_distributed.ipynb #52a00038
-def check_sharing(
+def check_supported(
     config, # a `TrainConfig`
     dtype: torch.dtype, # of the matrix products
 ):
-    "Raise if `config` asks for what does not work on weights that are shared out."
+    "Raise if `config` asks for what several processes cannot do, or not with weights that are shared out."
+    if config.graph: raise ValueError("a step recorded as a graph is for one process: leave graph out")
     if not config.fsdp: return
     if config.optimizer == "muon":
         raise ValueError("fsdp shares every matrix out, and muon needs whole ones: use optimizer adamw, or leave fsdp out")
@@ -259,11 +260,22 @@ def check_restarts(
                          "or they cannot meet again (PyTorch issue 135712)")
 
 @patch
+@contextmanager
+def leaving_together(self: DistributedTrainer):
+    "Wait at the end for all: `torchrun` stops the others when one leaves, and the first may still be writing."
+    try: yield
+    except Interrupted:
+        self.agree(0)
+        raise
+    self.agree(0)
+
+@patch
 def run(self: DistributedTrainer,
         resume: bool = False) -> list: # the history; that of the first process is complete
     "Train together until the configured length is reached."
     check_restarts(resume)
-    try: return Trainer.run(self, resume)
+    try:
+        with self.leaving_together(): return Trainer.run(self, resume)
     except RuntimeError as error:
         raise (ConnectionError(f"lost another process of this run at step {self.step}") if is_loss(error) else error) from error
     finally:
@@ -292,9 +304,9 @@ def relay(
     return error
 
 # %% ../../nbs/scaling/52_distributed.ipynb #52a000b0
-def worker() -> int: # exit status
+def worker():
     "What `launch` starts: `microjulia.train` with the options that stand on the command line in JSON."
-    return run_verb(train, json.loads(sys.argv[1]))
+    leave(run_verb(train, json.loads(sys.argv[1])))
 
 def torchrun(
     nproc: int, # processes
@@ -304,7 +316,7 @@ def torchrun(
     "The command that trains in `nproc` processes on this machine."
     try: text = json.dumps(options, default=os.fspath)
     except TypeError as error: raise ValueError(f"an option cannot be sent to another process: {error}") from None
-    code = "import sys; from microjulia.scaling.distributed import worker; sys.exit(worker())"
+    code = "from microjulia.scaling.distributed import worker; worker()"
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}",
             f"--max-restarts={max_restarts}", "--no-python", sys.executable, "-c", code, text]
 
