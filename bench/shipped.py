@@ -3,6 +3,7 @@
     python bench/shipped.py BOOKS                  # what n-grams and compressors make of the works for the report
     python bench/shipped.py BOOKS --report RUN     # what the model makes of them
     python bench/shipped.py BOOKS --ship RUN       # the model, with its card, to microjulia/data/model
+    python bench/shipped.py BOOKS --average A B C  # checkpoints before the rate falls: the last one against their mean
 
 BOOKS are the works. RUN is a run folder of `microjulia train --recipe shipped`, or a checkpoint. The one for the report was
 trained without the three works for choosing and the three for the report, and is scored on the latter, beside n-grams counted
@@ -72,6 +73,15 @@ def judge(path, works, dtype, out):
                 lost_by_storing=round(after - before, 4), steps=judged.step)
 
 
+def average(paths, works):
+    "The last of some checkpoints and the mean of all, on the works for choosing."
+    opened = [load_checkpoint(resolve(p)) for p in paths]
+    last = bits([score(opened[-1].model, ids) for ids in works.values()])
+    states, model = [c.model.state_dict() for c in opened], opened[-1].model
+    model.load_state_dict({n: torch.stack([s[n].double() for s in states]).mean(0) for n in states[0]})
+    return dict(steps=[c.step for c in opened], last=last, mean=bits([score(model, ids) for ids in works.values()]))
+
+
 def ship(path, files, found, args, dtype):
     "Save the model with its facts and its card; what its samples are like."
     final = load_checkpoint(resolve(path))
@@ -103,6 +113,7 @@ def main():
     p.add_argument("books", nargs="+", help="files, folders or patterns")
     p.add_argument("--report", type=Path, help="run trained without the six works")
     p.add_argument("--ship", type=Path, help="run trained on everything")
+    p.add_argument("--average", type=Path, nargs="+", help="checkpoints of one run, in order")
     p.add_argument("--held-out", default="none", help="what the run to ship has not read")
     p.add_argument("--dtype", default="float16", choices=["float16", "int8"], help="how the weights are stored")
     p.add_argument("--cpu-hours", type=float, help="of the run to ship, as the machine counted them")
@@ -118,6 +129,9 @@ def main():
     if found.get("corpus_sha256") != kept.sha256:
         found = dict(report=REPORT, choosing=CHOOSING, characters=sum(map(len, works.values())), train_characters=len(kept.train),
                      corpus_sha256=kept.sha256, anchors=anchors(kept.train, kept.tokenizer, works))
+    if args.average:
+        begin = {name: kept.tokenizer.encode(read_work(files[name]))[:20_000] for name in CHOOSING}
+        found["averaging"] = average(args.average, begin)
     if args.report: found["report_run"] = judge(args.report, works, dtype, args.out)
     if args.ship: found["shipped"] = ship(args.ship, files, found, args, dtype)
     save(args.out, machine() | dict(command="python bench/shipped.py BOOKS; --report RUN; --ship RUN") | {
