@@ -88,14 +88,14 @@ def ship(path, files, found, args, dtype):
     facts = dict(
         data=f"{len(files)} public-domain works of philosophy, cleaned: " + ", ".join(files),
         split=f"figures: trained without {', '.join(CHOOSING)} (for choosing) and {', '.join(REPORT)} (for these figures); "
-              f"the weights: trained on all works but {args.held_out}, kept to watch the run",
+              f"the weights: {args.steps_before:,} steps on that text, then {final.step:,} on all works but {args.held_out}",
         seed=final.facts["train"]["seed"], cpu_hours=args.cpu_hours, note=args.note or None,
         bits_per_char_on_unseen_works=found["anchors"] | {"this model": found["report_run"]["this_model"]},
         limits="It continues text in the manner of Victorian translations, letter by letter; it knows no facts, answers no "
                "question and holds the opinions of its sources. Lower case, full stops, no other marks.")
     def write(facts):
-        save_checkpoint(OUT, final.model, final.tokenizer, final.step, final.facts.get("val_loss"), facts=facts,
-                        dtype=dtype, overwrite=True)
+        save_checkpoint(OUT, final.model, final.tokenizer, args.steps_before + final.step, final.facts.get("val_loss"),
+                        facts=facts, dtype=dtype, overwrite=True)
         (OUT / "README.md").write_text(model_card(load_checkpoint(OUT), "microjulia/shipped"), encoding="utf-8")
     write(facts)
     shipped = load(OUT, "cpu")
@@ -104,7 +104,7 @@ def ship(path, files, found, args, dtype):
     report = sample_report(samples, np.concatenate([everything.train, everything.val]), shipped.tokenizer)
     write(facts | dict(samples=samples[:2], about_the_samples=report))
     return dict(parameters=shipped.model.num_params(), shape=shipped.model.config.to_dict(), stored_as=args.dtype,
-                bytes=sum(f.stat().st_size for f in OUT.iterdir()), steps=final.step, samples=report,
+                bytes=sum(f.stat().st_size for f in OUT.iterdir()), steps=args.steps_before + final.step, samples=report,
                 val_loss=final.facts.get("val_loss"), held_out=args.held_out, cpu_hours=args.cpu_hours, note=args.note)
 
 
@@ -114,6 +114,7 @@ def main():
     p.add_argument("--report", type=Path, help="run trained without the six works")
     p.add_argument("--ship", type=Path, help="run trained on everything")
     p.add_argument("--average", type=Path, nargs="+", help="checkpoints of one run, in order")
+    p.add_argument("--steps-before", type=int, default=0, help="of the run that the one to ship goes on from")
     p.add_argument("--held-out", default="none", help="what the run to ship has not read")
     p.add_argument("--dtype", default="float16", choices=["float16", "int8"], help="how the weights are stored")
     p.add_argument("--cpu-hours", type=float, help="of the run to ship, as the machine counted them")

@@ -42,6 +42,8 @@ def test_the_model_of_the_package_has_read_books():
     corpus = Corpus.from_paths()                                          # written for the package: none of it is in the books
     bits = m.score(corpus.tokenizer.decode(corpus.val[:6000]))["bits_per_char"]
     assert bits < m.score(corpus.tokenizer.decode(corpus.val[:6000][::-1]))["bits_per_char"] - 1
+    told = m.facts["facts"]["bits_per_char_on_unseen_works"]
+    assert told["this model"] < told["PPMd after the training text"] < told["10-gram"]
 
 
 def test_saved_and_loaded_writes_the_same(model, tmp_path):
