@@ -146,6 +146,11 @@ def test_choices_together_are_those_of_each_sampler(params, seed):
         assert ids.tolist() == [alone[s](row) for s, row in zip(slots, logits)] and not failed
 
 
+def test_without_numba_each_text_asks_its_sampler(monkeypatch):
+    monkeypatch.setattr("microjulia.serving.engine.njit", None)
+    with engine() as e: assert e.generate("virtue", ask(n=40)) == Generator(MODEL, tok, fast=False).generate("virtue", ask(n=40))
+
+
 # Texts
 
 def requests(n, seed=0, longest=40, tokens=50):
