@@ -109,6 +109,7 @@ def killed_worker(out, steps=120, after=25, evals=24, worker=1):
 def main(folder):
     import torch.distributed as dist
 
+    from microjulia.cli import leave
     from microjulia.scaling.distributed import join
     torch.set_num_threads(1)
     join(torch.device("cpu"))
@@ -125,7 +126,8 @@ def main(folder):
     out["fsdp to ddp"] = run(corpus, folder / "fsdp", resume=True, seed=7)
     for name, options in KINDS.items(): out[name] = run(corpus, **options)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(out))
-    dist.destroy_process_group()
+    dist.barrier()
+    leave(0)
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]))
