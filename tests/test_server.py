@@ -458,7 +458,7 @@ def test_the_command_is_stopped_by_a_signal(tmp_path):
 
 @pytest.mark.parametrize("argv,said", [
     ("--host 0.0.0.0", "--no-auth"), ("--long-prompt cut", "crop or reject"), ("--chat-template {role}", "{content}"),
-    ("--model nowhere", "nowhere"), ("", "microjulia train"), ("--port 70000", "port"), ("--host 1.2.3.4 --no-auth", "1.2.3.4")])
+    ("--model nowhere", "nowhere"), ("--port 70000", "port"), ("--host 1.2.3.4 --no-auth", "1.2.3.4")])
 def test_the_command_refuses(capsys, argv, said):
     from microjulia.cli import main
     assert main(["serve", *(["--port", "0"] if "port" not in argv else []), *argv.split()]) == 2
