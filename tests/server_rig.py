@@ -40,13 +40,16 @@ class Held:
     def __init__(self, puppet): self.puppet, self.left, self.over = puppet, list(puppet.text), None
     def __aiter__(self): return self
     async def __anext__(self):
-        if self.left: return Event(c := self.left.pop(0), int(tok.encode(c)[0]), -1.0)
+        if self.left: return self.event(self.left.pop(0))
         self.over = asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.puppet.waiting.set()
         await self.over.wait()
         raise EngineClosed("closed")
-    def ready(self): return []
+    def event(self, c): return Event(c, int(tok.encode(c)[0]), -1.0)
+    def ready(self):
+        at_hand, self.left = self.left, []
+        return [self.event(c) for c in at_hand]
     def cancel(self):
         if self in self.puppet.handles: self.puppet.handles.remove(self)
         if not self.puppet.handles: self.puppet.empty.set()

@@ -526,7 +526,7 @@ def test_half_a_body_is_not_waited_for(live):
 
 
 def test_a_reader_who_does_not_read_is_let_go():
-    puppet = Puppet("abcdefgh" * 4000)
+    puppet = Puppet("abcdefgh" * 20_000)  # more than the buffers on the way can hold
     with server(("m", puppet)) as service:
         with connect(service) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

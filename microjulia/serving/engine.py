@@ -216,7 +216,7 @@ class Job:
 class Stream:
     "The events of one request, for one reader: `for`, `async for`, or `with` to be sure that it ends"
     def __init__(self,
-        engine: 'Engine',  # makes the events
+        engine,  # the `Engine` that makes the events
         job: Job,  # where it puts them
     ): self._engine, self._job = engine, job
 
