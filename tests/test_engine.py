@@ -281,12 +281,12 @@ def test_cancelling_frees_the_place_within_one_step():
     with e:
         stream, waiting = e.stream([1], ask(n=1000)), e.stream([2], ask(n=3))
         gate.steps.release(3)
-        events = [next(stream) for _ in range(3)]
+        events = [next(stream)]          # a first event is told at once, those after it when some have gathered
         stream.cancel()
         gate.steps.release(1)            # the step that was under way
         rest = list(stream)
         assert rest[-1].finish_reason == stream.finish_reason == "cancelled"
-        assert len(rest) <= 2 and text_of(events + rest[:-1]) == text_of(e_plain(1, 4))[:len(events + rest) - 1]
+        assert len(rest) <= 4 and text_of(events + rest[:-1]) == text_of(e_plain(1, 5))[:len(events + rest) - 1]
         gate.steps.release(3)
         assert len(list(waiting)) == 4
 

@@ -144,7 +144,7 @@ def test_transformers_never_ends_where_a_z_would_stand(tmp_path):
 
 def test_transformers_serve_says_the_same(talker, tmp_path):
     pytest.importorskip("transformers")
-    for package in ("fastapi", "uvicorn", "pydantic"):
+    for package in ("fastapi", "uvicorn", "pydantic", "accelerate"):
         pytest.importorskip(package, reason="transformers serve needs more: pip install 'transformers[serving]'")
     openai = pytest.importorskip("openai")
     _, path, prompt, _, said = talker

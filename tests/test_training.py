@@ -259,8 +259,11 @@ def test_a_second_signal_ends_at_once(corpus, tmp_path):
         def log(self, record, step):
             super().log(record, step)
             super().log(record, step)
-    with pytest.raises(KeyboardInterrupt) as stop:
-        train(model(), corpus, TrainConfig(steps=9, log_interval=1), tmp_path, [Twice(3, signal.SIGINT)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            train(model(), corpus, TrainConfig(steps=9, log_interval=1), tmp_path, [Twice(3, signal.SIGINT)])
+    finally: signal.signal(signal.SIGINT, before)
     assert not isinstance(stop.value, Interrupted)
 
 

@@ -124,13 +124,13 @@ def routes(
 # %% ../../nbs/serving/34_server.ipynb #b51936eb
 @cache
 def page(
-    source: str = 'http.js',  # the script that answers the page's questions; page.js says what they are
+    *sources: str,  # the scripts that answer the page's questions, which page.js names; none is the API of this server
 ) -> str:
     "The page with its scripts inside"
     import microjulia
     folder = Path(microjulia.__file__).parent / 'static'
     html = (folder / 'page.html').read_text(encoding='utf-8')
-    script = '\n'.join((folder / name).read_text(encoding='utf-8') for name in ('page.js', source))
+    script = '\n'.join((folder / name).read_text(encoding='utf-8') for name in ('page.js', *(sources or ('http.js',))))
     return html.replace('/* script */', script)
 
 def html_response(
