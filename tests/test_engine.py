@@ -430,8 +430,8 @@ def test_an_engine_that_nobody_holds_goes_with_its_thread():
     list(e.stream([1], ask()))
     thread, gone = e._thread, weakref.ref(e)
     del e
+    gc.collect()                         # it is part of a circle
     thread.join(60)
-    gc.collect()
     assert gone() is None and not thread.is_alive()
 
 
