@@ -3,6 +3,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -289,6 +290,20 @@ def test_cancelling_frees_the_place_within_one_step():
         assert len(rest) <= 4 and text_of(events + rest[:-1]) == text_of(e_plain(1, 5))[:len(events + rest) - 1]
         gate.steps.release(3)
         assert len(list(waiting)) == 4
+
+
+def test_a_first_event_is_told_at_once_although_others_gather():
+    e, gate = gated(max_batch=2)
+    with e:
+        e._woken = float("inf")          # as if a reader had just been woken, whenever it is asked
+        other, stream, told = e.stream([1], ask(n=9)), e.stream([2], ask(n=9)), threading.Event()
+        threading.Thread(target=lambda: next(stream) and told.set(), daemon=True).start()
+        while stream._job.waiter is None: time.sleep(.001)
+        gate.steps.release(2)            # for both to begin; the step after it stands still
+        assert told.wait(30)
+        gate.open = True
+        gate.steps.release(99)
+        assert len(list(other)) == 10
 
 
 def e_plain(id, n): return Generator(MODEL, tok).stream([id], ask(n=n))

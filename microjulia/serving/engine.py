@@ -477,12 +477,10 @@ def _hand_over(self: Engine, jobs, slots, logits, changed):
     self._id[slots] = ids
     self._left[slots] -= 1
     for row, (job, id, p) in enumerate(zip(jobs, ids.tolist(), logp.tolist(), strict=True)):
+        job.context.append(id)
         if job.error: changed = True
-        elif job.plain:
-            job.context.append(id)
-            job.events.append((self.pieces[id], id, p))
+        elif job.plain: job.events.append((self.pieces[id], id, p))
         else:
-            job.context.append(id)
             try: job.events.append(job.text.take(id, logits[row, :len(self.pieces)]))
             except Exception as e: job.error = e
             changed = changed or job.error or job.text.finish_reason
@@ -492,13 +490,14 @@ def _hand_over(self: Engine, jobs, slots, logits, changed):
     due = now - self._woken > .005  # a reader is woken for its first event, then for several at a time
     if due: self._woken = now
     _wake([job for job in jobs if job.waiter and (due or not job.opened)])
+    if changed:
+        for job in jobs: job.opened = True
 
 @patch
 def _sort_out(self: Engine, jobs):
     "End the jobs that are over; those with a full window keep its last half, as in `Generator`, and read it again"
     writing = []
     for job in jobs:
-        job.opened = True
         over = job.text.finish_reason or ('length' if self._left[job.slot] <= 0 else None)
         if job.error: self._end(job, 'error', job.error)
         elif over: self._end(job, over)
