@@ -463,11 +463,11 @@ def announce(host, port, keys):
 def space(
     out: str, # folder to make
     *,
-    model: str | None = None, # checkpoint or run folder to pack
+    model: str | None = None, # checkpoint or run folder to pack (default: the model that comes with the package)
     title: str | None = None, # what the Space is called (default: the name of the folder)
 ):
     "Make a folder that runs as a Hugging Face Space, or by docker compose."
-    if model is None: raise ValueError("name the model to pack: microjulia space DIR --model FOLDER")
+    from microjulia import api
     from microjulia.serving.space import make_space
-    for path in make_space(out, model, title): print(path)
+    for path in make_space(out, model or api.shipped_model(), title): print(path)
     say("to publish, push the folder to a new Docker Space; to run it here: docker compose up")

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['log_probs', 'draw', 'SamplingParams', 'keep_top_k', 'keep_top_p', 'penalize', 'probabilities', 'sample',
            'derive_seed', 'Sampler', 'StopMatcher', 'Event', 'Continuation', 'encode_prompt', 'evaluating',
-           'model_fits', 'GraphStep', 'TorchWriter', 'Generator', 'fast_decoder', 'predictions', 'score',
+           'model_fits', 'GraphStep', 'TorchWriter', 'Generator', 'fast_decoder', 'announced', 'predictions', 'score',
            'score_summary']
 
 # %% ../nbs/06_generation.ipynb #1ba6a5d7
 import math
 import secrets
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -466,11 +468,24 @@ def _writer(self: Generator):
     except IndexError: pass
     return self._decoder.fresh() if self._decoder else TorchWriter(self.model, self.tokenizer.vocab_size)
 
+@contextmanager
+def announced(
+    what: str,  # is being done
+    after: float = 3,  # seconds
+):
+    "Say `what` on standard error if the block has not come to its end by then"
+    timer = threading.Timer(after, lambda: print(what, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try: yield timer
+    finally: timer.cancel()
+
 @patch
 def prepare(self: Generator) -> Generator:
     "Load or compile what the first text would wait for"
-    writer = self._writer()
-    writer.write([0] * min(2, self.block_size), 0, Sampler(SamplingParams(), self.tokenizer.vocab_size), 1)
+    with announced('compiling the kernel for this processor, once; it takes about half a minute'):
+        writer = self._writer()
+        writer.write([0] * min(2, self.block_size), 0, Sampler(SamplingParams(), self.tokenizer.vocab_size), 1)
     self._idle.append(writer)
     return self
 

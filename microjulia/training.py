@@ -380,7 +380,7 @@ class MetricsFile:
         self.path = Path(out) / "metrics.jsonl"
 
     def start(self, config):
-        self.rewind(config["step"] or -1)
+        self.rewind(config["step"] if config["resumed"] else -1)
 
     def rewind(self, step):
         kept = "".join(json.dumps(r) + "\n" for r in read_metrics(self.path) if r["step"] <= step)
@@ -617,12 +617,10 @@ def diverged(self: Trainer,
 
 @patch
 def evaluate(self: Trainer) -> float: # nats per token
-    "Measure the held-out loss, and log it with a sample."
+    "Measure the held-out loss, and log it."
     loss = self.held_out()
     if not math.isfinite(loss): self.diverged(f"the loss is {loss}")
     self.log("eval", val_loss=loss, bits_per_char=loss * self.bits)
-    self.leave_if_asked()
-    if self.sample_fn and (text := self.sample_fn(self.model)): self.log("sample", text=text)
     return loss
 
 # %% ../nbs/05_training.ipynb #6e41da44
@@ -715,11 +713,13 @@ def restore(self: Trainer) -> bool: # whether there was anything to resume
 @patch
 def evaluate_and_save(self: Trainer,
                       number: int): # of the evaluation, 0 before the first step
-    "An evaluation, and a checkpoint with its loss."
+    "An evaluation, a checkpoint with its loss, and a sample."
     loss = self.evaluate()
     if loss < self.best_val_loss: self.best_val_loss, self.best_step = loss, self.step
     self.evaluations = number
     self.save(loss)
+    self.leave_if_asked()
+    if self.sample_fn and (text := self.sample_fn(self.model)): self.log("sample", text=text)
 
 @patch
 def loop(self: Trainer):
@@ -805,10 +805,10 @@ def run(self: Trainer,
     with self.own_folder(), torch.random.fork_rng(), catch_signals(self.signals):
         self.resume = resume and self.out is not None
         self.tell("open", self)
-        if self.resume: self.restore()
+        resumed = self.resume and self.restore()
         self.clock = time.perf_counter()
         self.saved_at = self.seconds()
-        self.tell("start", dict(asdict(self.config), step=self.step))
+        self.tell("start", dict(asdict(self.config), step=self.step, resumed=bool(resumed)))
         self.model.train()
         try:
             self.go_on(self.plan)

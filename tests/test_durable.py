@@ -216,3 +216,21 @@ def test_the_live_figure_is_one_and_ends_as_a_picture(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda figure, display_id: shown.append(figure) or Handle())
     go(None, [LivePlot()])
     assert len(shown) == 8 and len(shown[-1].axes) == 4
+
+
+def test_two_kills_before_the_second_checkpoint_leave_the_first_evaluation(tmp_path):
+    from fault_runs import forked, status_of
+    whole = go(tmp_path / "whole")
+    for step in (3, 4):
+        assert status_of(forked(lambda: go(tmp_path / "run", [Do(step, lambda: os._exit(9))], resume=True))) == 9  # noqa: B023
+    assert go(tmp_path / "run", resume=True) == whole
+
+
+@pytest.mark.parametrize("at", [0, 25])
+def test_a_signal_during_an_evaluation_leaves_its_record_once(tmp_path, at):
+    whole = go(tmp_path / "whole")
+    class Stop:
+        def log(self, record, step):
+            if record["kind"] == "eval" and step == at: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted): go(tmp_path / "run", [Stop()])
+    assert go(tmp_path / "run", resume=True) == whole

@@ -14,8 +14,8 @@ from torch import nn
 
 from microjulia.checkpoint import load_checkpoint, save_checkpoint
 from microjulia.corpus import uniform
-from microjulia.generation import (Continuation, Event, Generator, Sampler, SamplingParams, StopMatcher, derive_seed, draw,
-                                   encode_prompt, evaluating, keep_top_k, keep_top_p, log_probs, predictions,
+from microjulia.generation import (Continuation, Event, Generator, Sampler, SamplingParams, StopMatcher, announced,
+                                   derive_seed, draw, encode_prompt, evaluating, keep_top_k, keep_top_p, log_probs, predictions,
                                    probabilities, score, score_summary)
 from microjulia.gpt import GPT, GPTConfig
 from microjulia.tokenizer import CharTokenizer
@@ -501,3 +501,9 @@ def test_a_step_on_a_gpu_is_one_graph():
         assert np.abs(np.stack(found) - expected[5:]).max() < 1e-4
     params = SamplingParams(seed=1, max_new_tokens=40)
     assert Generator(model, tok).generate("virtue", params) == Generator(model.cpu(), tok, fast=False).generate("virtue", params)
+
+
+def test_what_takes_long_is_announced(capsys):
+    with announced('compiling', after=0) as timer: timer.join(60)
+    with announced('not this', after=60): pass
+    assert capsys.readouterr().err == 'compiling\n'

@@ -217,6 +217,16 @@ def test_threads_with_decoders_of_their_own():
     assert all(np.array_equal(y, alone[i % 4]) for i, y in enumerate(found))
 
 
+def test_a_fresh_decoder_writes_to_nothing_of_the_first():
+    decoder, ids = FastDecoder(small()), list(range(9))
+    sampler = lambda seed: Sampler(SamplingParams(seed=seed, top_p=.9), 28)
+    held = lambda: [a.tobytes() for v in vars(decoder).values() for a in (v if isinstance(v, tuple) else [v]) if isinstance(a, np.ndarray)]
+    decoder.write(ids, 0, sampler(0), 5)
+    before = held()
+    decoder.fresh().write(ids[::-1], 0, sampler(1), 5)
+    assert held() == before and len(before) > 10
+
+
 def test_without_numba():
     "In a process where Numba cannot be found: PyTorch writes, and the kernel says what is missing."
     code = ("import sys; sys.modules['numba'] = None\n"

@@ -325,19 +325,21 @@ class FastDecoder:
         if not supports(model): raise ValueError("the kernel computes a GPT in float32 on the CPU, without hooks; use PyTorch")
         c, self.slots, self.dtype, self.rows = model.config, slots, dtype, rows
         self.weights, self.eps = strips(model, dtype), np.float32(c.norm_eps)
-        self.zero, self.room = np.zeros(1, np.int64), np.empty((2, c.vocab_size))
+        self.zero = np.zeros(1, np.int64)
         self.sizes, self.limits = (c.n_layer, c.n_head, c.n_embd, c.vocab_size), (c.vocab_size, slots, c.block_size)
         hs, C, P = c.n_embd // c.n_head, n_panels(c.n_embd) * WIDTH, n_panels(c.block_size)
         pad, wide = -(-hs // (2 * LANES)) * 2 * LANES, max(n_panels(4 * c.n_embd), n_panels(c.vocab_size)) * WIDTH
         self.shapes = ((c.n_layer, slots, c.n_head, P, hs, WIDTH), (c.n_layer, slots, c.n_head, c.block_size, pad),
                        (rows, C), (rows, C), (rows, wide), P * WIDTH, pad)
-        self.state = State(*(np.zeros(shape, np.float32) for shape in self.shapes))
+        self._allocate()
 
     def fresh(self) -> "FastDecoder": # for another thread or text
         "The same weights with an empty cache."
-        other = copy(self)
-        other.state = State(*(np.zeros(shape, np.float32) for shape in self.shapes))
-        return other
+        return copy(self)._allocate()
+
+    def _allocate(self):  # all that is written to: each copy has its own
+        self.state, self.room = State(*(np.zeros(shape, np.float32) for shape in self.shapes)), np.empty((2, self.limits[0]))
+        return self
 
     def step(self,
         ids,  # whole numbers, `(n,)`
