@@ -172,6 +172,13 @@ def check_badges():
         if badge(name).partition('](')[2] not in index: yield f'index.ipynb: no badge of {name}'
 
 
+def check_costs():
+    "Each notebook says at its head how long it takes and how much memory, as `.ci/notebooks.py` measures them."
+    for name, nb in notebooks().items():
+        head = '\n'.join([c.source for c in nb.cells if c.cell_type == 'markdown'][:3])
+        if name != 'index.ipynb' and not re.search(r'\d GB of memory|\| memory \|', head): yield f'{name}: its head does not say how much memory it takes'
+
+
 ADDRESS = re.compile(r'(?:github\.com|githubusercontent\.com|google\.com/github)/([\w.-]+/microjulia)(?![\w-])(?:\.git)?'
                      r'(?:/(?:blob|tree|raw|edit)/([\w.-]+)/([^\s)#"\'\\>]*)|@([\w.-]+))?')
 SITE = re.compile(r'https://([\w-]+)\.github\.io/microjulia(?:/([\w/-]+\.html))?')
@@ -193,7 +200,7 @@ def check_addresses():
 
 
 PAGES = [check_pages]
-FILES = [check_quarto, check_links, check_references, check_figures, check_badges, check_addresses]
+FILES = [check_quarto, check_links, check_references, check_figures, check_badges, check_costs, check_addresses]
 
 
 def main():
