@@ -435,7 +435,7 @@ _STYLE = """<style>
 .mj td,.mj th{padding:0 8px;text-align:right}
 .mj .bar{width:60%;padding:2px 0}
 .mj .bar div{background:rgb(var(--mj));height:1em;border-radius:2px}
-.mj .cut{opacity:.35}
+.mj .cut{opacity:.65;text-decoration:line-through}
 .mj label{margin-right:1em;white-space:nowrap}
 .mj input{vertical-align:middle}
 .mj svg{width:100%;height:auto;font:11px monospace;fill:currentColor}
@@ -455,7 +455,7 @@ const walk=(box,items,go)=>{let at=-1;
   if(at>=0){items[at].className='';items[at].tabIndex=-1;items[at].setAttribute('aria-selected',false)}
   at=i;items[i].className='on';items[i].tabIndex=0;items[i].setAttribute('aria-selected',true);go(i)};
  box.setAttribute('role','listbox');
- items.forEach((x,i)=>{x.setAttribute('role','option');x.tabIndex=i?-1:0;
+ items.forEach((x,i)=>{x.setAttribute('role','option');x.setAttribute('aria-label',name(x.textContent));x.tabIndex=i?-1:0;
   x.onmouseenter=()=>pick(i);x.onfocus=()=>{if(at!==i)pick(i)}});
  box.onkeydown=e=>{const d={ArrowRight:1,ArrowLeft:-1,Home:-1e9,End:1e9}[e.key];
   if(d){e.preventDefault();pick(at+d);items[at].focus()}};
@@ -539,8 +539,8 @@ def attention_html(
         raise ValueError(f"attention of shape {att.shape} does not fit {len(tokens)} tokens")
     if np.triu(att, 1).any(): raise ValueError("a position looks ahead; only causal attention is drawn here")
     names = [f"layer {l} head {h}" for l in range(L) for h in range(nh)]
-    buttons = "".join(f'<button type="button" aria-pressed="false" aria-label="{n}">'
-                      f'{n[6:].replace(" head ", ".")}</button>' for n in names)
+    buttons = "".join(f'<button type="button" aria-pressed="false" aria-label="{short}: {n}">{short}</button>'
+                      for n in names for short in [n[6:].replace(" head ", ".")])
     distance = np.arange(T)[:, None] - np.arange(T)
     back, self = (att*distance).sum((-1, -2)) / T, att.diagonal(axis1=2, axis2=3).mean(-1)
     table = _head_table(names, back.ravel(), self.ravel())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from microjulia.api import shipped_model
 from microjulia.checkpoint import load_checkpoint, save_checkpoint
 from microjulia.cli import build_parser, main
 from microjulia.gpt import GPT, GPTConfig
@@ -75,7 +76,9 @@ def test_the_model_is_packed_without_its_training(space):
 def test_the_verb(space, tmp_path, capsys):
     assert main(["space", str(tmp_path / "s"), "--model", str(space / "model")]) == 0
     assert str(tmp_path / "s" / "Dockerfile") in capsys.readouterr().out.split()
-    for argv, said in (["--model", str(space / "model")], "not empty"), ([], "--model FOLDER"), (["--model", "nowhere"], "nowhere"):
-        assert main(["space", str(tmp_path / ("s" if argv[1:] and argv[1] != "nowhere" else "t")), *argv]) == 2
+    for argv, said in (["s", "--model", str(space / "model")], "not empty"), (["t", "--model", "nowhere"], "nowhere"):
+        assert main(["space", str(tmp_path / argv[0]), *argv[1:]]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
+    assert main(["space", str(tmp_path / "shipped")]) == 0
+    assert load_checkpoint(tmp_path / "shipped" / "model").model.num_params() == load_checkpoint(shipped_model()).model.num_params()

@@ -4,11 +4,13 @@ import html
 import inspect
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -257,7 +259,7 @@ def test_page_input_is_checked():
 
 def test_heads_and_status_have_names():
     tags = Page(viz.attention_html(heads(2), TEXT)._repr_html_()).tags
-    assert [a["aria-label"] for t, a in tags if t == "button"] == ["layer 0 head 0", "layer 0 head 1"]
+    assert [a["aria-label"] for t, a in tags if t == "button"] == ["0.0: layer 0 head 0", "0.1: layer 0 head 1"]
     assert [a["aria-live"] for _, a in tags if a.get("role") == "status"] == ["polite"]
     assert all(a.get("aria-label") for _, a in tags if a.get("role") in ("group", "toolbar"))
 
@@ -355,6 +357,9 @@ RUN = [dict(kind="eval", step=s, bits_per_char=b) for s, b in ((0, 4.8), (50, 3.
 PARAMS = [("wte.weight", (28, 8)), ("blocks.0.attn.qkv.weight", (24, 8)), ("blocks.0.ln1.bias", (8,))]
 TURNED = dict(next=viz.next_html(SCORES, "taiswo.x"), scrub=viz.scrub_html(RUN), tree=viz.tree_html(PARAMS, "tiny"),
               encode=viz.encode_html("know thyself", CHARS))
+POINTED = dict(surprise=viz.surprise_html("a\nb c", np.array([np.nan, 1., 2., 3., 4.]), [{"a": .5}]*5),
+               attention=viz.attention_html(np.tri(3)[None] / np.tri(3).sum(1, keepdims=True), "a b"))
+AXE = Path(os.environ.get("MICROJULIA_NODE_MODULES", "none"))/"axe-core"/"axe.min.js"
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
@@ -363,8 +368,9 @@ def shown(tmp_path_factory):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium: pytest.skip("needs chromium")
     file, heard = tmp_path_factory.mktemp("pages")/"all.html", []
-    body = "".join(p._repr_html_() for p in [*TURNED.values()]*2)
-    file.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>pages</title>{body}</html>', encoding="utf-8")
+    body = "".join(p._repr_html_() for p in [*TURNED.values(), *POINTED.values()]*2)
+    head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>pages</title>'
+    file.write_text(f'<!doctype html><html lang="en">{head}<main><h1>pages</h1>{body}</main></html>', encoding="utf-8")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
     with api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=flags)
@@ -412,6 +418,13 @@ def test_typing_gives_ids(shown):
 
 def test_every_control_has_a_name(shown):
     for control in shown.locator("input").all(): assert control.evaluate("c => c.labels.length") == 1
+
+@pytest.mark.skipif(not AXE.exists(), reason="a folder $MICROJULIA_NODE_MODULES with the package axe-core is not here")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_are_accessible(shown, scheme):
+    shown.emulate_media(color_scheme=scheme)
+    shown.evaluate(AXE.read_text(encoding="utf-8"))
+    assert [(v["id"], v["nodes"][0]["failureSummary"]) for v in shown.evaluate("axe.run()")["violations"]] == []
 
 @pytest.mark.parametrize("kind", TURNED)
 def test_turned_pages_are_readable_without_scripts(kind):
