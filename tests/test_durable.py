@@ -17,7 +17,7 @@ from microjulia.scaling.durable import Mirror, Softly, Writer, copy_checkpoint
 from microjulia.training import Interrupted, LivePlot, ProgressBar, TrainConfig, Trainer, baselines_of, read_metrics
 
 torch.set_num_threads(1)
-FEW = dict(F1=5, F2=1, F3=2, F4=6, F5=24, F6=2, F7=6, F8=2, F11=4, F12=20, F13=1, F14=3, F15=1)
+FEW = dict(F1=5, F2=1, F3=2, F4=6, F5=24, F6=2, F7=6, F8=2, F8c=1, F11=4, F12=20, F13=1, F14=3, F15=1)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
