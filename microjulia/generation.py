@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log_probs', 'draw', 'SamplingParams', 'keep_top_k', 'keep_top_p', 'penalize', 'probabilities', 'sample',
            'derive_seed', 'Sampler', 'StopMatcher', 'Event', 'Continuation', 'encode_prompt', 'evaluating',
-           'model_fits', 'GraphStep', 'TorchWriter', 'Generator', 'fast_decoder', 'announced', 'predictions', 'score',
-           'score_summary']
+           'model_fits', 'PlainStep', 'GraphStep', 'TorchWriter', 'Generator', 'fast_decoder', 'announced',
+           'predictions', 'score', 'score_summary']
 
 # %% ../nbs/06_generation.ipynb #1ba6a5d7
 import math
@@ -23,9 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import nn
+from torch.nn import functional as F
 
+from .attention import CausalSelfAttention
 from .corpus import splitmix64, uniform
-from .gpt import GPT
+from .gpt import GPT, FeedForward, TransformerBlock
 
 # %% ../nbs/06_generation.ipynb #fb0ec1d5
 def log_probs(
@@ -317,13 +320,49 @@ def evaluating(
         for m in training: m.training = True
 
 # %% ../nbs/06_generation.ipynb #e30b765c
+_PARTS = {GPT, TransformerBlock, CausalSelfAttention, FeedForward, nn.ModuleList, nn.Sequential,
+          nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.GELU}
+
 def model_fits(
     model,  # any model
 ) -> bool:
     "Whether it is a `GPT` as notebook 03 has it, and nobody looks inside: its step may be computed another way"
-    watched = lambda m: m._forward_hooks or m._forward_pre_hooks or getattr(m, 'observe', None)
-    return type(model) is GPT and not any(map(watched, model.modules()))
+    other = lambda m: type(m) not in _PARTS or getattr(m, 'approximate', 'tanh') != 'tanh'
+    watched = lambda m: m._forward_hooks or m._forward_pre_hooks or m.__dict__.get('observe')
+    return type(model) is GPT and not any(other(m) or watched(m) for m in model.modules())
 
+class PlainStep:
+    "One step of a `GPT` for one token, by PyTorch's functions without the modules around them"
+    def __init__(self,
+        model,  # that `model_fits` approves
+    ):
+        dense = lambda m: (m.weight.detach(), m.bias if m.bias is None else m.bias.detach())
+        norm = lambda m: (m.normalized_shape, m.weight.detach(), m.bias.detach(), m.eps)
+        self.model, self.n_head = model, model.config.n_head
+        self.blocks = [(norm(b.ln1), dense(b.attn.qkv), dense(b.attn.proj),
+                        norm(b.ln2), dense(b.ffwd.net[0]), dense(b.ffwd.net[2])) for b in model.blocks]
+        self.ln_f, self.lm_head = norm(model.ln_f), dense(model.lm_head)
+
+    def start(self):  # a cache, empty
+        "Begin a text, whose first ids the model reads"
+        self.cache = self.model.new_cache(1)
+        return self.cache
+
+    def __call__(self,
+        id: int,  # to be read
+        position: int,  # its place
+    ) -> torch.Tensor:  # logits, `(1, 1, V)`
+        "Read one id"
+        x = (self.model.wte.weight[id] + self.model.wpe.weight[position])[None, None]          # (1, 1, C)
+        for (ln1, qkv, proj, ln2, up, down), layer in zip(self.blocks, self.cache.layers):
+            q, k, v = F.linear(F.layer_norm(x, *ln1), *qkv).view(3, 1, self.n_head, 1, -1).unbind()  # (1, nh, 1, hs)
+            layer.k[:, :, position:position + 1], layer.v[:, :, position:position + 1] = k, v
+            y = F.scaled_dot_product_attention(q, layer.k[:, :, :position + 1], layer.v[:, :, :position + 1])
+            x = x + F.linear(y.view_as(x), *proj)
+            x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, *ln2), *up), approximate='tanh'), *down)
+        return F.linear(F.layer_norm(x, *self.ln_f), *self.lm_head)
+
+# %% ../nbs/06_generation.ipynb #c41d9be2
 class GraphStep:
     "One step of a `GPT` on a GPU, recorded once and played again for each token"
     def __init__(self,
@@ -366,8 +405,8 @@ class TorchWriter:
         vocab_size: int,  # tokens that may be chosen: the first of the model's
     ):
         self.model, self.V, self.device = model, vocab_size, next(model.parameters()).device
-        self.one, self.cache, self.graph = torch.zeros((1, 1), dtype=torch.long, device=self.device), None, None
-        if self.device.type == 'cuda' and model_fits(model): self.graph = GraphStep(model)
+        self.one, self.cache, self.step = torch.zeros((1, 1), dtype=torch.long, device=self.device), None, None
+        if model_fits(model): self.step = (GraphStep if self.device.type == 'cuda' else PlainStep)(model)
 
     @torch.inference_mode()
     def read(self,
@@ -375,8 +414,8 @@ class TorchWriter:
         position: int,  # where the first goes; 0 forgets what was there
     ) -> np.ndarray:  # scores for the token after the last, float32 `(V,)`
         "Read `ids` behind those read before"
-        if self.graph and position and len(ids) == 1: return self._scores(self.graph(ids[0], position))
-        if position == 0: self.cache = self.graph.start() if self.graph else self.model.new_cache(1)
+        if self.step and position and len(ids) == 1: return self._scores(self.step(ids[0], position))
+        if position == 0: self.cache = self.step.start() if self.step else self.model.new_cache(1)
         x = self.one.fill_(ids[0]) if len(ids) == 1 else torch.tensor([ids], device=self.device)
         with evaluating(self.model): return self._scores(self.model(x, self.cache))
 

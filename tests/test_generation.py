@@ -493,7 +493,7 @@ def test_a_step_on_a_gpu_is_one_graph():
     from microjulia.generation import GraphStep, TorchWriter
     model = small().cuda()
     ids, slow = list(range(12)), TorchWriter(model, V)
-    assert isinstance(slow.graph, GraphStep)
+    assert isinstance(slow.step, GraphStep)
     expected = model(torch.tensor([ids]).cuda())[0].float().detach().cpu().numpy()
     for _ in range(2):
         slow.read(ids[:5], 0)

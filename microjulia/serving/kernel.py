@@ -24,9 +24,8 @@ try:
     from numba.extending import intrinsic
 except ImportError: ir = njit = None  # `supports` then says no
 
-from ..attention import CausalSelfAttention
 from ..generation import Sampler, SamplingParams, model_fits
-from ..gpt import GPT, FeedForward, TransformerBlock
+from ..gpt import GPT
 
 # %% ../../nbs/serving/30_kernel.ipynb #988be438
 LANES, WIDTH, ROWS = 16, 64, 6  # floats in a vector, outputs in a panel, rows that share a fetched weight
@@ -55,7 +54,8 @@ def load_repeated(
 # %% ../../nbs/serving/30_kernel.ipynb #3a0222e0
 def make_tile(
     rows: int,  # rows of inputs
-    cols: int = WIDTH // LANES,  # vectors of outputs
+    cols: int = WIDTH // LANES,  # vectors of outputs in a panel
+    panels: int = 1,  # panels, which lie one after the other in `w` and in `y`
 ):
     "A compiled loop `y[r, :] = sum over k of x[r, k] * w[k, :]`; each array is followed by where to start and its row length"
     if njit is None: return None
@@ -67,13 +67,14 @@ def make_tile(
             at = lambda p, stride, r, c=0: b.gep(p, [b.add(b.mul(stride, ir.Constant(K.type, r)), ir.Constant(K.type, c))])
             fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(_floats, [_floats] * 3), "llvm.fmuladd.v16f32")
             sums = {(r, c): cgutils.alloca_once_value(b, ir.Constant(_floats, [0.] * LANES))
-                    for r in range(rows) for c in range(cols)}
+                    for r in range(rows) for c in range(panels * cols)}
             with cgutils.for_range(b, K) as loop:
-                panel = b.gep(w, [b.mul(ws, loop.index)])
-                weights = [load_floats(b, at(panel, ws, 0, c * LANES), sig.args[3].dtype) for c in range(cols)]
+                place = b.gep(w, [b.mul(ws, loop.index)])
+                places = [at(place, b.mul(ws, K), p, c * LANES) for p in range(panels) for c in range(cols)]
+                weights = [load_floats(b, place, sig.args[3].dtype) for place in places]
                 for r in range(rows):
                     number = load_repeated(b, b.gep(at(x, xs, r), [loop.index]))
-                    for c in range(cols):
+                    for c in range(panels * cols):
                         b.store(b.call(fma, [number, weights[c], b.load(sums[r, c])]), sums[r, c])
             for (r, c), total in sums.items():
                 b.store(b.load(total), b.bitcast(at(y, ys, r, c * LANES), _floats.as_pointer()), align=4)
@@ -83,7 +84,7 @@ def make_tile(
     return tile
 
 _tile1, _tile2, _tile3, _tile4, _tile5, _tile6 = (make_tile(rows) for rows in range(1, ROWS + 1))
-_half = make_tile(1, 2)
+_half, _pair = make_tile(1, 2), make_tile(1, panels=2)
 
 # %% ../../nbs/serving/30_kernel.ipynb #1c7f03a2
 def compiled(
@@ -95,6 +96,11 @@ def compiled(
 
 # %% ../../nbs/serving/30_kernel.ipynb #1142ed6c
 @compiled()
+def _row(x, x0, w, w0, K, panels, y):
+    for p in range(0, panels - 1, 2): _pair(x, x0, 0, w, w0 + p * K * WIDTH, WIDTH, K, y, p * WIDTH, 0)
+    if panels % 2: _tile1(x, x0, 0, w, w0 + (panels - 1) * K * WIDTH, WIDTH, K, y, (panels - 1) * WIDTH, 0)
+
+@compiled()
 def matmul(
     x,  # inputs, float32, at least `(n, K)`
     n,  # rows to compute
@@ -105,6 +111,7 @@ def matmul(
     y,  # outputs, at least `(n, panels * 64)`
 ):
     "`n` rows times the panels of a Dense layer"
+    if n == 1: return _row(x, 0, strip, w, K, panels, y)
     xs, ys = x.shape[1], y.shape[1]
     for p in range(panels):
         at = w + p * K * WIDTH
@@ -159,12 +166,12 @@ def exp32(
 
 # %% ../../nbs/serving/30_kernel.ipynb #29de7b35
 @compiled("contract")
-def _finish(y, p, n, scale, bias, gelu):
+def _finish(y, n, N, scale, bias, gelu):
     for r in range(n):
-        row = y[r, p:p + WIDTH]
-        for j in range(WIDTH): row[j] = row[j] * scale[j] + bias[j]
+        row = y[r]
+        for j in range(N): row[j] = row[j] * scale[j] + bias[j]
         if gelu:
-            for j in range(WIDTH):
+            for j in range(N):
                 u = row[j] * (np.float32(1) + np.float32(.044715) * row[j] * row[j])
                 row[j] /= np.float32(1) + exp32(np.float32(-1.5957691216) * u)  # 2 sqrt(2 / pi)
 
@@ -209,7 +216,7 @@ def _attend(n, slots, positions, keys, values, s, nh, hs):
         T = positions[r] + 1
         for h in range(nh):
             k, v, q = keys[slots[r], h], values[slots[r], h], r * s.wide.shape[1] + h * hs
-            for p in range(0, T, WIDTH): _tile1(s.wide, q, 0, k, p * hs, WIDTH, hs, s.scores, p, 0)
+            _row(s.wide, q, k, 0, hs, -(-T // WIDTH), s.scores)
             _softmax(s.scores, T, np.float32(1 / np.sqrt(hs)))
             for d in range(0, len(s.mixed), 2 * LANES):
                 _half(s.scores, 0, 0, v, d, len(s.mixed), T, s.mixed, d, 0)
@@ -253,8 +260,7 @@ def _norm(s, n, C, eps, vectors, v):
 def _dense(x, n, weights, w, v, K, N, y, gelu):
     panels = -(-N // WIDTH)
     matmul(x, n, weights.strip, w, K, panels, y)
-    for p in range(0, panels * WIDTH, WIDTH):
-        _finish(y, p, n, weights.vectors[v + p:], weights.vectors[v + p + panels * WIDTH:], gelu)
+    _finish(y, n, panels * WIDTH, weights.vectors[v:], weights.vectors[v + panels * WIDTH:], gelu)
     return w + panels * K * WIDTH, v + 2 * panels * WIDTH
 
 @compiled()
@@ -292,18 +298,12 @@ def forward(
         for i in range(V): logits[r, i] = s.wide[r, i]
 
 # %% ../../nbs/serving/30_kernel.ipynb #3a039264
-_PARTS = {GPT, TransformerBlock, CausalSelfAttention, FeedForward, nn.ModuleList, nn.Sequential,
-          nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.GELU}
-
 def supports(
     model,  # any model
 ) -> bool:
     "Whether the kernel computes what this model does."
-    if njit is None or not model_fits(model): return False
-    parts = list(model.modules())
-    bent = any(isinstance(m, nn.GELU) and m.approximate != "tanh" for m in parts)
-    plain = all(p.device.type == "cpu" and p.dtype is torch.float32 for p in model.parameters())
-    return plain and not bent and {type(m) for m in parts} <= _PARTS
+    plain = lambda p: p.device.type == "cpu" and p.dtype is torch.float32
+    return njit is not None and model_fits(model) and all(map(plain, model.parameters()))
 
 # %% ../../nbs/serving/30_kernel.ipynb #5c5dc8c6
 @compiled()
