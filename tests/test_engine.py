@@ -221,6 +221,32 @@ def test_a_prompt_can_be_longer_than_the_window_and_the_window_one():
             assert e.generate("virtue", ask()) == Generator(model, tok).generate("virtue", ask())
 
 
+def test_a_turn_of_several_steps_is_the_same_text(monkeypatch):
+    "Plain texts of different lengths, past the window and back, beside some that need a look at every step."
+    made, write_on = [], Engine._write_on
+    monkeypatch.setattr(Engine, "_write_on", lambda *args: made.append(write_on(*args)) or made[-1])
+    wanted = [ask(i, 10 + 13 * i) for i in range(5)] + [ask(9, 30, stop="zq"), ask(10, 40, presence_penalty=.5)]
+    prompts = ["v", "virtue", "of the soul", "wise", "is", "good", "evil "]
+    alone = [Generator(MODEL, tok).generate(*both) for both in zip(prompts, wanted)]
+    with engine("kernel", max_batch=7) as e:
+        for _ in range(3):
+            streams = [e.stream(tok.encode(prompt), p) for prompt, p in zip(prompts, wanted)]
+            assert [text_of(s) for s in streams] == alone
+    assert any(made) and e.stats()["tokens"] == 3 * sum(map(len, alone)) and e._steps > sum(made)
+
+
+def test_a_choice_too_close_to_call_is_left_to_the_sampler():
+    model = small()
+    with torch.no_grad(): model.lm_head.weight.zero_()                   # all are equally likely, and one half is a border
+    params = ask(3, 40, top_p=.5, temperature=1.)
+    with engine("kernel", model) as e:
+        assert e.generate("virtue", params) == Generator(model, tok, fast=False).generate("virtue", params)
+        chooser, zero = e.choose, np.zeros(1, int)
+        chooser.assign(0, Sampler(params, V))
+        ids, logp = chooser.write(e.decoder.fresh(), zero, zero, zero, 5)
+        assert ids.shape == logp.shape == (0, 1) and chooser.at[0] == 0  # as if it had not been begun
+
+
 # The queue
 
 def test_wrong_requests_are_refused_at_the_call():
