@@ -6,7 +6,8 @@
 
 Everything talks over 127.0.0.1 and is started and stopped here. `--streams` clients each ask for a text, read it as it comes and
 ask for the next, until `--seconds` are over. `engine` is the rate of `Engine` with as many streams and nobody between: its events
-are taken out in the process that makes them. `one by one` is the server when each character is asked for in a chunk of its own;
+are taken out in the process that makes them. `long texts` is both again with texts of a thousand characters, of which a new request is a
+smaller part; the others cannot write past the window. `one by one` is the server when each character is asked for in a chunk of its own;
 `overload` has more clients than places. PYTHON is an interpreter with `transformers[serving]` and `llama-cpp-python[server]`;
 they get the same weights by our own export, and the same requests. `load_average` says how busy the machine was: where it is far
 above the number of contenders' threads, compare `cpu_us_per_char`, the processor time of the whole process, rather than the rates.
@@ -38,7 +39,7 @@ from microjulia.serving.engine import Engine
 from microjulia.serving.server import bind
 from microjulia.tokenizer import CharTokenizer
 
-PROMPT = "the city is "
+LONG, PROMPT = 1000, "the city is "
 TEXT = re.compile(rb'"(?:text|content)": ?"((?:[^"\\]|\\.)*)"')
 
 
@@ -177,10 +178,14 @@ def compare(args, folder, length):
     body = dict(prompt=PROMPT, max_tokens=length, stream=True, model="small")
     model, short, found = f"small={folder}", max(5, args.seconds // 4), {}
     port, n = free_port(), args.streams
-    rate = lambda: engine_rate(folder, n, short, length)
+    rate = lambda length=length: engine_rate(folder, n, short, length)
     engines = [rate()]
     found["server"] = measure("server", ours(model, "--max-batch", n, port=port), port, body, n, args.seconds)
     engines.append(rate())
+    port, long = free_port(), rate(LONG)
+    found["long texts"] = measure("long texts", ours(model, "--max-batch", n, port=port), port, body | dict(max_tokens=LONG), n, short)
+    against("long texts", found, long["chars_per_second"])
+    found["engine, long texts"] = dict(streams=n, **long)
     port = free_port()
     found["one by one"] = measure("one by one", ours(model, "--max-batch", n, port=port), port, body | dict(chunk_chars=1), n, short)
     engines.append(rate())

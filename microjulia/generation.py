@@ -522,7 +522,7 @@ def announced(
 @patch
 def prepare(self: Generator) -> Generator:
     "Load or compile what the first text would wait for"
-    with announced('compiling the kernel for this processor, once; it takes about half a minute'):
+    with announced('compiling the kernel for this processor, once; it can take half a minute'):
         writer = self._writer()
         writer.write([0] * min(2, self.block_size), 0, Sampler(SamplingParams(), self.tokenizer.vocab_size), 1)
     self._idle.append(writer)
