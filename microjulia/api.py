@@ -235,6 +235,8 @@ def train(
     if paths is None and recipe == "shipped": paths = fetch_books(say=None)
     shape, training = _split(options, arch)
     shape = (RECIPES[recipe]["model"] if init_from is None else {}) | shape
+    length = {k: training.get(k) for k in ("steps", "epochs", "minutes")}
+    if any(length.values()): training |= length               # in place of the recipe's own
     config = TrainConfig(**RECIPES[recipe]["train"] | training)
     torch.manual_seed(config.seed)
     tokens = dict(tokenizer=tokenizer, alphabet=alphabet, vocab_size=vocab_size)

@@ -77,6 +77,12 @@ def test_resume_through_the_front_door(text, tmp_path):
     assert torch.equal(whole.model.lm_head.weight, again.model.lm_head.weight)
 
 
+def test_a_length_takes_the_place_of_the_recipes_own(text, tmp_path):
+    m = microjulia.train(text, tmp_path / "short", recipe="shipped", minutes=.001, **{k: v for k, v in TINY.items() if k != "steps"})
+    config = m.facts["facts"]["train"]
+    assert (config["steps"], config["minutes"], config["warmdown_ratio"]) == (None, .001, .5)
+
+
 def test_card_recipe_reaches_model_and_loop(text, tmp_path):
     m = microjulia.train(text, tmp_path / "card", recipe="card", steps=3, **TINY)
     c = m.model.config
