@@ -9,8 +9,8 @@ over by our own export: the small model is trained for a moment on the text of t
 is timed, each contender writes greedily from the same start; float32 must say what PyTorch says, and for the others it is
 noted after how many characters they part.
 
-- stream: from one character to the full window, temperature 1, all of the distribution; a turn is as many texts as take 50 ms. llama.cpp is driven through its Python
-  package, one call a token, sampling in its own code; `--llama-bench PROGRAM` adds its native bench program. CTranslate2 runs its
+- stream: from one character to the full window, temperature 1, all of the distribution; a turn is as many texts as take
+  50 ms. llama.cpp is driven through its Python package, one call a token, sampling in its own code; `--llama-bench PROGRAM` adds its native bench program. CTranslate2 runs its
   whole loop in C++. Ours is `Generator.generate`, and `ours torch` the same without the kernel.
 - batch: so many texts at once, in step, characters per second of all together. `ours` is the kernel with NumPy's greedy choice,
   `engine` the whole engine with its sampler and a reader for each text.

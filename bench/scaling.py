@@ -5,8 +5,8 @@
 
 BOOKS is a folder of texts, of which every ninth in order of name is held out whole. Each run is one pass over as much of the
 rest as it may read, by the package's default recipe. What comes out depends on seed and text, not on the machine's load, and a run
-that is there is not made again. The curve L = E + A / N^a + B / D^b of Hoffmann et al. (2022), with N parameters and D characters read, is fitted to all
-runs by least squares of log L, from many starts.
+that is there is not made again. The curve L = E + A / N^a + B / D^b of Hoffmann et al. (2022), with N parameters and
+D characters read, is fitted to all runs by least squares of log L, from many starts.
 """
 import argparse
 import itertools

@@ -6,8 +6,8 @@
 
 Everything talks over 127.0.0.1 and is started and stopped here. `--streams` clients each ask for a text, read it as it comes and
 ask for the next, until `--seconds` are over. `engine` is the rate of `Engine` with as many streams and nobody between: its events
-are taken out in the process that makes them. `long texts` is both again with texts of a thousand characters, of which a new request is a
-smaller part; the others cannot write past the window. `one by one` is the server when each character is asked for in a chunk of its own;
+are taken out in the process that makes them. `long texts` is both again with texts of a thousand characters, of which a new
+request is a smaller part; the others cannot write past the window. `one by one` is the server when each character is asked for in a chunk of its own;
 `overload` has more clients than places. PYTHON is an interpreter with `transformers[serving]` and `llama-cpp-python[server]`;
 they get the same weights by our own export, and the same requests. `load_average` says how busy the machine was: where it is far
 above the number of contenders' threads, compare `cpu_us_per_char`, the processor time of the whole process, rather than the rates.

@@ -1,4 +1,5 @@
 "The server over real sockets: OpenAI's own clients, every kind of wrong request, readers who leave, limits, stopping."
+import asyncio
 import http.client
 import json
 import logging
@@ -17,12 +18,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from microjulia.generation import Event
-from microjulia.streaming import chat_completion, stream_chat, stream_completion, text_completion
+from microjulia.streaming import chat_completion, completion_request, stream_chat, stream_completion, text_completion
 
 openai = pytest.importorskip("openai", reason="the client is the openai package")
 pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 from microjulia.serving.protocol import Limits, chat_template, openapi  # noqa: E402
-from microjulia.serving.answers import Served, Service  # noqa: E402
+from microjulia.serving.answers import Live, Served, Service  # noqa: E402
 from microjulia.serving.server import Connection, make_server, page  # noqa: E402
 from server_rig import LIMITS, WAIT, Held, Puppet, engine, server, tok  # noqa: E402
 
@@ -570,6 +571,29 @@ def test_a_huge_body_is_heard_of_and_not_kept(live):
 def test_the_clocks_are_the_hosts():
     made = make_server(Service([Served("m", Puppet())], LIMITS))
     assert issubclass(made.config.http, Connection) and made.config.http.limits is LIMITS
+
+
+def test_a_client_that_leaves_twice_is_counted_out_once(monkeypatch):
+    "Cancelled again while its places are being given back."
+    async def slow(self, choice, handle):
+        try: await asyncio.sleep(WAIT)
+        finally: await asyncio.sleep(0.05)
+
+    async def leave():
+        service, sent = Service([Served("m", Puppet())], LIMITS), asyncio.Event()
+        async def send(message): sent.set()
+        live = Live(service, service.models["m"], completion_request(dict(prompt="virtue", stream=True), tok), "c", {})
+        task = asyncio.ensure_future(live.run(send))
+        await sent.wait()
+        assert service.answers == 1
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError): await task
+        return service.answers
+
+    monkeypatch.setattr(Live, "pump", slow)
+    assert asyncio.run(leave()) == 0
 
 
 # Fuzzing, from the description that the server gives of itself

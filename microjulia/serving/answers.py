@@ -199,10 +199,10 @@ class Live:
                 await (self.stream if self.request.stream else self.whole)(send, pumps)
             finally:
                 for part in (*handles, *pumps): part.cancel()
-                if pumps: await asyncio.wait(pumps)
                 self.service.answers -= 1
                 gauge.dec(len(choices))
                 self.count()
+                if pumps: await asyncio.wait(pumps)  # last, for a second cancellation may come here
 
 # %% ../../nbs/serving/33_answers.ipynb #35d78b6d
 MOST_SCORES = 64  # texts that may wait to be scored
