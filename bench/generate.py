@@ -5,13 +5,14 @@
 
 Needs `pip install 'microjulia[bench]'` and PATH, a checkout of karpathy/nanoGPT. All contenders run in one process on one thread
 and take turns, round by round; a ratio is the median over the rounds of the ratio within a round. All have the same weights, carried
-over by our own export: the small model is trained for a moment on the text of the package, the large one is random. Before anything
+over by our own export: the small model is trained on `--text`, or else the text of the package, the large one is random. Before anything
 is timed, each contender writes greedily from the same start; float32 must say what PyTorch says, and for the others it is
 noted after how many characters they part.
 
 - stream: from one character to the full window, temperature 1, all of the distribution; a turn is as many texts as take
   50 ms. llama.cpp is driven through its Python package, one call a token, sampling in its own code; `--llama-bench PROGRAM` adds its native bench program. CTranslate2 runs its
-  whole loop in C++. Ours is `Generator.generate`, and `ours torch` the same without the kernel.
+  whole loop in C++. Ours is `Generator.generate`, `ours torch` the same without the kernel, and `guessing` the same with a guesser
+  counted on the text that the small model was trained on; `per_step` is how many characters a step then yields.
 - batch: so many texts at once, in step, characters per second of all together. `ours` is the kernel with NumPy's greedy choice,
   `engine` the whole engine with its sampler and a reader for each text.
 - first: from the request to the first character on a loaded model; a step of several rows; compiling and loading the kernel.
@@ -42,6 +43,7 @@ from microjulia.exchange.huggingface import write_huggingface, write_nanogpt
 from microjulia.generation import Generator, SamplingParams, fast_decoder, score
 from microjulia.gpt import GPT, config_for
 from microjulia.serving.engine import Engine
+from microjulia.serving.guess import Guesser
 from microjulia.tokenizer import CharTokenizer
 from microjulia.training import TrainConfig, train
 
@@ -185,7 +187,7 @@ class LlamaCpp:
 
 
 def make_model(size, corpus, steps):
-    "The small model learns for a moment; the large one only needs its size."
+    "The small model learns; the large one only needs its size."
     torch.manual_seed(1)
     model = GPT(config_for("gpt2", size))
     if size == "small": train(model, corpus, TrainConfig(steps=steps, seed=1))
@@ -195,18 +197,19 @@ def make_model(size, corpus, steps):
     return model.eval()
 
 
-def contenders(model, folder, nanogpt):
+def contenders(model, folder, nanogpt, guesser):
     "Everybody with the same weights."
     T = model.config.block_size
+    guessing = {f"ours {d}, guessing": Ours(model, dtype=d, guesser=guesser) for d in ("float32", "bfloat16", "int8")} if guesser else {}
     hf, gguf = write_huggingface(folder/"hf", model, TOK), write_gguf(folder/"model.gguf", model, TOK)
     return {"nanoGPT": NanoGPT(nanogpt, folder, model), "Hugging Face": HuggingFace(hf, model),
             "llama.cpp f32": LlamaCpp(gguf, "", T), "llama.cpp f16": LlamaCpp(gguf, "f16", T), "llama.cpp q8_0": LlamaCpp(gguf, "q8_0", T),
             "CTranslate2 float32": CTranslate2(hf, "float32"), "CTranslate2 int8": CTranslate2(hf, "int8"),
             "ours torch": Ours(model, fast=False), "ours float32": Ours(model), "ours bfloat16": Ours(model, dtype="bfloat16"),
-            "ours int8": Ours(model, dtype="int8"), "engine": Running(model)}
+            "ours int8": Ours(model, dtype="int8"), **guessing, "engine": Running(model)}
 
 
-EXACT = "nanoGPT", "Hugging Face", "llama.cpp f32", "CTranslate2 float32", "ours torch", "ours float32"
+EXACT = "nanoGPT", "Hugging Face", "llama.cpp f32", "CTranslate2 float32", "ours torch", "ours float32", "ours float32, guessing"
 
 def same_text(all_, n):
     "How many greedy characters each contender has in common with PyTorch."
@@ -240,7 +243,8 @@ def table(times, characters, base):
 
 
 def stream(all_, T, rounds, llama_bench):
-    seconds = {}
+    seconds, writers = {}, {n: c.generator._idle[0] for n, c in all_.items() if "guessing" in n}
+    for w in writers.values(): w.steps = w.tokens = 0
     def write(name):
         n = max(1, int(.05 / seconds.get(name, 1)))
         start = CLOCK()
@@ -250,7 +254,8 @@ def stream(all_, T, rounds, llama_bench):
     names = [n for n, c in all_.items() if hasattr(c, "write")]
     slow = ("nanoGPT",) if T > 128 else ()
     out = dict(characters=T - 1, contenders=table(in_turns(rounds, write, names, slow), T - 1,
-               ("CTranslate2 float32", "llama.cpp f32", "llama.cpp f16", "llama.cpp q8_0", "Hugging Face", "nanoGPT")))
+               ("CTranslate2 float32", "llama.cpp f32", "llama.cpp f16", "llama.cpp q8_0", "Hugging Face", "nanoGPT", "ours float32")))
+    if writers: out["per_step"] = {n: round(w.tokens / w.steps, 2) for n, w in writers.items()}
     if llama_bench:
         files = {n: c.file for n, c in all_.items() if isinstance(c, LlamaCpp)}
         run = lambda f: json.loads(subprocess.run([llama_bench, "-m", f, "-p", "0", "-n", str(T - 1), "-t", "1", "-r", str(rounds), "-o", "json"],
@@ -262,7 +267,7 @@ def stream(all_, T, rounds, llama_bench):
 def batches(all_, T, rounds, sizes):
     out = {}
     for n in sizes:
-        names = [name for name, c in all_.items() if hasattr(c, "batch") and name != "ours torch" and (name != "Hugging Face" or n * T <= 16 * 128)]
+        names = [name for name, c in all_.items() if hasattr(c, "batch") and name != "ours torch" and "guessing" not in name and (name != "Hugging Face" or n * T <= 16 * 128)]
         out[n] = table(in_turns(rounds, lambda name: all_[name].batch(n, T - 1), names), n * (T - 1),
                        ("CTranslate2 float32", "llama.cpp f32", "llama.cpp q8_0"))
     return {str(n): t for n, t in out.items()}
@@ -336,6 +341,7 @@ def main():
     p.add_argument("--parts", nargs="+", default=["stream", "batch", "first", "past"], choices=["stream", "batch", "first", "past"])
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    p.add_argument("--text", nargs="+", help="files, folders or patterns that the small model is trained on and the guesser counted on")
     p.add_argument("--steps", type=int, default=200, help="steps that the small model is trained")
     p.add_argument("--llama-bench", help="llama.cpp's native bench program")
     p.add_argument("--out", type=Path, help="where the figures go; bench/results/generate.json without it. Parts measured before are kept")
@@ -348,12 +354,13 @@ def main():
 
     out = args.out or Path(__file__).parent/"results"/"generate.json"
     found = json.loads(out.read_text()) if out.exists() else {}
-    corpus = Corpus.from_paths()
+    corpus = Corpus.from_paths(args.text)
+    guesser = Guesser(corpus.train, 28)
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             model = make_model(size, corpus, args.steps)
             (Path(folder)/size).mkdir()
-            all_, T = contenders(model, Path(folder)/size, args.nanogpt), model.config.block_size
+            all_, T = contenders(model, Path(folder)/size, args.nanogpt, guesser if size == "small" else None), model.config.block_size
             c = model.config
             part = found.setdefault(size, {}) | dict(clock="processor" if args.cpu_clock else "wall", shape=dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=T, vocab_size=28),
                                                      greedy=same_text(all_, T - 1))

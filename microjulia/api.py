@@ -22,6 +22,7 @@ from .corpus import Corpus, NgramModel, choose_tokenizer, find_texts, read_work,
 from .exchange.catalogue import fetch_books
 from .generation import Event, Generator, SamplingParams, encode_prompt, score as token_nats, score_summary
 from .gpt import build_model, config_for, find_model
+from .serving.guess import Guesser
 from .streaming import chat_completion, sse, stream_chat, stream_completion
 from .training import RECIPES, ProgressBar, TrainConfig, get_device, launched, make_trainer, pick_size
 
@@ -56,11 +57,14 @@ def load(
     path: str | Path | None = None, # a checkpoint folder or a run folder; None is the model that comes with the package
     device: str | torch.device | None = None, # None takes the fastest
     dtype: str = "float32", # how the compiled kernel stores weights: `float32`, `bfloat16` or `int8`; see notebook 30
+    guess_from=None, # text files, folders or patterns, best what it was trained on: writes the same, sooner; see notebook 36
 ) -> MicroJulia:
     "Open a saved model, ready to write at once."
     saved = load_checkpoint(resolve(path or shipped_model()), device=get_device(device))
     facts = dict(step=saved.step, best_val_loss=saved.best_val_loss, facts=saved.facts)
     model = MicroJulia(saved.model, saved.tokenizer, facts, dtype)
+    if guess_from is not None:
+        model.generator.guesser = Guesser(Corpus.from_paths(guess_from, saved.tokenizer).train, saved.tokenizer.vocab_size)
     model.generator.prepare()
     return model
 

@@ -434,7 +434,7 @@ class TorchWriter:
 # %% ../nbs/06_generation.ipynb #e4b5f79c
 class Generator:
     "A model that continues texts, one at a time"
-    ahead = 16  # tokens that a fast writer may write before the first of them is handed on
+    ahead = 32  # tokens that a fast writer may write before the first of them is handed on
 
     def __init__(self,
         model,  # keeps the contract: `forward(ids, cache)`, `new_cache(batch_size)`, `config.block_size`
@@ -442,10 +442,11 @@ class Generator:
         slide: str = 'anchor',  # past the window: 'anchor' keeps half and goes on, 'exact' recomputes all
         fast: bool = True,  # use the compiled kernel where it fits; PyTorch always works
         dtype: str = 'float32',  # how the kernel stores the weights: 'float32', 'bfloat16' or 'int8'
+        guesser=None,  # a `Guesser` of notebook 36: the kernel writes the same text with fewer steps
     ):
         if slide not in ('anchor', 'exact'): raise ValueError(f"slide must be 'anchor' or 'exact', not {slide!r}")
         self.model, self.tokenizer, self.slide, self.fast, self.dtype = model, tokenizer, slide, fast, dtype
-        self._idle, self._weights, self._decoder = [], None, None
+        self.guesser, self._idle, self._weights, self._decoder = guesser, [], None, None
 
     @property
     def block_size(self) -> int: return self.model.config.block_size
@@ -503,6 +504,7 @@ def _writer(self: Generator):
     if weights != self._weights:
         self._idle, self._weights, self._decoder = [], weights, None
         if self.fast: self._decoder = fast_decoder(self.model, dtype=self.dtype)
+        if self._decoder and self.guesser: self._decoder = self.guesser.join(self._decoder)
     try: return self._idle.pop()
     except IndexError: pass
     return self._decoder.fresh() if self._decoder else TorchWriter(self.model, self.tokenizer.vocab_size)

@@ -465,16 +465,22 @@ def write(self: FastDecoder,
     limit: int,  # the most tokens that are wanted
 ) -> tuple[list, np.ndarray]: # the tokens chosen, at least one, and their scores, one row each
     "Read `ids` into slot 0 and go on for up to `limit` tokens."
-    V, n, read = len(sampler.counts), len(ids) - 1, lambda ids: self.step(ids, [0] * len(ids), position + np.arange(len(ids)))
+    V, read = len(sampler.counts), lambda ids: self.step(ids, [0] * len(ids), position + np.arange(len(ids)))
     if not is_common(sampler.params):
         logits = read(ids)[-1:, :V]
         return [sampler(logits[0])], logits
-    if n: read(ids[:-1])
-    chosen, at = np.empty(limit + 1, np.int64), np.arange(position + n, position + n + limit)
-    chosen[0], rows = ids[-1], np.empty((limit, self.limits[0]), np.float32)
-    m = _write(chosen, self.zero, at, rows, choice_of(sampler.params), np.uint64(sampler.seed), sampler.position, V,
-               self.room, self.weights, self.state, self.sizes, self.eps)
-    out = chosen[1:m + 1].tolist()
+    if ids[:-1]: read(ids[:-1])
+    logits = np.empty((limit, self.limits[0]), np.float32)
+    out = self._go_on(ids, position, sampler, logits)
     for id in out: sampler.note(id)
-    if m < limit: out, m = out + [sampler(rows[m, :V])], m + 1
-    return out, rows[:m, :V]
+    if len(out) < limit: out.append(sampler(logits[len(out), :V]))
+    return out, logits[:len(out), :V]
+
+@patch
+def _go_on(self: FastDecoder, ids, position, sampler, logits):
+    "Tokens after `ids`, of which the last is not yet read, as long as `choose` can tell"
+    n, at = len(logits), position + len(ids) - 1
+    chosen = np.full(n + 1, ids[-1])
+    m = _write(chosen, self.zero, np.arange(at, at + n), logits, choice_of(sampler.params), np.uint64(sampler.seed),
+               sampler.position, len(sampler.counts), self.room, self.weights, self.state, self.sizes, self.eps)
+    return chosen[1:m + 1].tolist()
