@@ -244,8 +244,8 @@ RECIPES = { # name -> what it changes in the training and in the model
     "card": dict(train=dict(max_minutes=None, optimizer="adam", schedule="cosine", lr=3e-4, min_lr=1e-5,
                             beta2=.999, weight_decay=0., grad_clip=0., dtype="float32"),
                  model=dict(dropout=.1, init="flux", norm_eps=1e-10)),
-    "shipped": dict(train=dict(steps=15_000, batch_size=16, warmup_iters=200, warmdown_ratio=.5),
-                    model=dict(n_layer=4, n_head=4, n_embd=192, block_size=256)),
+    "shipped": dict(train=dict(steps=9_000, batch_size=32, warmup_iters=200, warmdown_ratio=.5),
+                    model=dict(n_layer=6, n_head=4, n_embd=256, block_size=256)),
 }
 
 # %% ../nbs/05_training.ipynb #e761b7f1
