@@ -64,7 +64,7 @@ def load(
     facts = dict(step=saved.step, best_val_loss=saved.best_val_loss, facts=saved.facts)
     model = MicroJulia(saved.model, saved.tokenizer, facts, dtype)
     if guess_from is not None:
-        model.generator.guesser = Guesser(Corpus.from_paths(guess_from, saved.tokenizer).train, saved.tokenizer.vocab_size)
+        model.generator.guesser = Guesser(Corpus.from_paths(guess_from, saved.tokenizer).train, saved.model.config.vocab_size)
     model.generator.prepare()
     return model
 

@@ -17,7 +17,7 @@ class Guesser:
     "An n-gram model as an automaton: a state for each context, with scores for what comes next and the states it leads to"
     def __init__(self,
         ids,  # text like the model's, best what it was trained on, `(N,)`
-        vocab_size: int,  # of the ids
+        vocab_size: int,  # of the model
         order: int = 5,  # of the n-gram model: it remembers `order - 1` ids
     ):
         levels, V = NgramModel(order, vocab_size).fit(np.asarray(ids)).levels, vocab_size
@@ -101,6 +101,6 @@ def join(self: Guesser,
 ) -> GuessingDecoder:
     "A decoder that asks this guesser."
     V = decoder.limits[0]
-    if (known := self.scores.shape[1]) > V:
-        raise ValueError(f"the guesser knows {known} ids and the model {V}: count it on the model's own")
+    if (known := self.scores.shape[1]) != V:
+        raise ValueError(f"the guesser knows {known} ids and the model {V}: make it with vocab_size={V}")
     return GuessingDecoder(decoder, self)
