@@ -1,6 +1,7 @@
 """Generation against the engines people use: one stream, several at once, the first character, past the window.
 
     python bench/generate.py --nanogpt PATH                    # both sizes, everything; about ten minutes
+    python bench/generate.py --nanogpt PATH --text BOOKS --steps 1000    # with a small model, and guesses, from real books
     python bench/generate.py --nanogpt PATH --parts stream --sizes small --rounds 9
 
 Needs `pip install 'microjulia[bench]'` and PATH, a checkout of karpathy/nanoGPT. All contenders run in one process on one thread
